@@ -1,0 +1,1 @@
+"""PyTorch Lightning callbacks: the gradient noise scale while you train, and weight normalization."""

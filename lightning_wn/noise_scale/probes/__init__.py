@@ -1,0 +1,1 @@
+"""Probes: where gradient samples come from, one file a probe."""
