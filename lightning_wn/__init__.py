@@ -1,1 +1,8 @@
 """PyTorch Lightning callbacks: the gradient noise scale while you train, and weight normalization."""
+
+from lightning_wn.batch_size.advice import BatchSizeAdvice
+from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.noise_scale.metric import GradientNoiseScale
+
+__all__ = ["BatchSizeAdvice", "GradientNoiseScale", "GradientNoiseScaleCallback", "NoiseScaleEstimate"]

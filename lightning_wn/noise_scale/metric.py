@@ -1,0 +1,268 @@
+"""The noise scale as a torchmetrics metric, for any training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.noise_scale.samples import (
+    ROW_SIZE,
+    GradientSamples,
+    Rejection,
+    measurement_from_row,
+)
+from lightning_wn.noise_scale.statistics import PairMoments
+
+_NUM_MOMENTS = len(PairMoments().to_list())
+
+
+def _same_on_all_ranks(stacked: Tensor) -> Tensor:
+    return stacked[0]
+
+
+def _world_size() -> int:
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if running else 1
+
+
+class GradientNoiseScale(Metric):
+    """Gradient noise scale from the squared norms of gradients over few and over many examples.
+
+    Each :meth:`update` is one optimizer step: the squared norms of this rank's gradient samples, and the
+    squared norm of their mean over all ranks. The pairs (|G|², tr Σ) that solve the two equations of
+    Appendix A.1 of arXiv 1812.06162, in the general form of
+    :func:`lightning_wn.noise_scale.statistics.solve_noise_scale`, are smoothed apart by a bias-corrected
+    exponential moving average and divided last. Updates are buffered on their device: nothing waits for
+    the device and nothing is communicated until :meth:`compute` or :meth:`synchronize`.
+
+    A step with a single sample over all ranks carries no information and counts nowhere; so do steps with
+    a non-finite norm on any rank, and steps whose checksums disagree.
+
+    As input to ``update`` the metric takes
+
+    - ``sample_sq_norms`` (Tensor): |g_k|² of this rank's K samples, shape (K,)
+    - ``sample_sizes`` (sequence of numbers, or Tensor): examples n_k behind each, shape (K,)
+    - ``grad_sq_norm`` (Tensor): |ḡ|² of the mean over the samples of all ranks, shape ()
+
+    As output of ``compute`` it returns a dict of scalar tensors: ``noise_scale``, ``noise_scale_lower``,
+    ``noise_scale_upper``, ``grad_sq_norm``, ``cov_trace``, ``batch_size``.
+
+    Args:
+        ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean.
+        confidence: Level of the interval, in (0, 1).
+        unit: What ``sample_sizes`` count.
+        checksum_tolerance: Largest relative difference of checksums, where the samples carry them.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``ema_decay`` or ``confidence`` is out of range.
+
+    Example:
+        >>> metric = GradientNoiseScale(ema_decay=1.0)
+        >>> for _ in range(3):
+        ...     metric.update(torch.tensor([3.0, 3.0, 3.0, 3.0]), [32, 32, 32, 32], torch.tensor(1.5))
+        >>> metric.compute()["noise_scale"]
+        tensor(64., dtype=torch.float64)
+    """
+
+    full_state_update = True
+    higher_is_better = None
+    is_differentiable = False
+
+    moments: Tensor
+    counts: Tensor
+    pending: Tensor
+
+    def __init__(
+        self,
+        *,
+        ema_decay: float = 0.99,
+        confidence: float = 0.95,
+        unit: str = "examples",
+        checksum_tolerance: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_ema_decay(ema_decay)
+        check_confidence(confidence)
+        self.ema_decay = ema_decay
+        self.confidence = confidence
+        self.unit = unit
+        self.checksum_tolerance = checksum_tolerance
+        # on every rank alike after each synchronisation
+        zeros = torch.zeros(_NUM_MOMENTS, dtype=torch.float64)
+        self.add_state("moments", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
+        # measurements, examples in the last full step, rejected steps by reason
+        zeros = torch.zeros(2 + len(Rejection), dtype=torch.float64)
+        self.add_state("counts", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
+        # this rank's rows since then, shape (steps, ROW_SIZE)
+        self.add_state("pending", torch.zeros(0, ROW_SIZE, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        sample_sq_norms: Tensor,
+        sample_sizes: Sequence[float] | Tensor,
+        grad_sq_norm: Tensor,
+        sample_weights: Sequence[float] | None = None,
+    ) -> None:
+        """Add one optimizer step.
+
+        Args:
+            sample_sq_norms: |g_k|² of this rank's samples, shape (K,).
+            sample_sizes: Examples n_k behind each sample, shape (K,).
+            grad_sq_norm: |ḡ|² of the weighted mean gradient over all ranks' samples, shape ().
+            sample_weights: Weights w_k of the samples in ḡ, shape (K,); equal by default.
+
+        Raises:
+            ValueError: If the three do not have one entry a sample.
+        """
+        count = len(sample_sq_norms)
+        weights = [1.0] * count if sample_weights is None else sample_weights
+        if not len(weights) == len(sample_sizes) == count:
+            raise ValueError(
+                f"`sample_sq_norms`, `sample_sizes` and `sample_weights` must have one entry a sample, got "
+                f"{count}, {len(sample_sizes)} and {len(weights)}; pass equally many of each."
+            )
+        self.add_samples(
+            GradientSamples(sq_norms=sample_sq_norms, sizes=sample_sizes, weights=weights, grad_sq_norm=grad_sq_norm)
+        )
+
+    def add_samples(self, samples: GradientSamples) -> None:
+        """Add one optimizer step as a probe gives it, checksums included."""
+        row = samples.to_row().unsqueeze(0)
+        self.pending = torch.cat((self.pending, row)) if len(self.pending) else row
+        self._computed = None
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the smoothed statistics; across ranks it communicates, as every metric does.
+
+        Raises:
+            RuntimeError: If other ranks' samples are needed and synchronization is switched off.
+        """
+        if len(self.pending) and not self._is_synced and _world_size() > 1:
+            raise RuntimeError(
+                "`compute()` without synchronization sees only one rank's gradient samples; leave "
+                "`sync_on_compute` on, or call `synchronize()` on every rank first."
+            )
+        moments, counts = self._folded()
+        if not self._is_synced:
+            self.moments, self.counts, self.pending = moments, counts, self.pending[:0]
+        estimate = self._estimate_from(moments, counts)
+        values = {
+            "noise_scale": estimate.noise_scale,
+            "noise_scale_lower": estimate.lower,
+            "noise_scale_upper": estimate.upper,
+            "grad_sq_norm": estimate.grad_sq_norm,
+            "cov_trace": estimate.cov_trace,
+            "batch_size": estimate.batch_size,
+        }
+        return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+
+    def synchronize(self, *, across_ranks: bool | None = None) -> None:
+        """Fold what was buffered into the moving averages, with a single all-reduce.
+
+        Call it on every rank, after equally many updates; long distributed runs should call it every so
+        often, since :meth:`compute` keeps the buffer.
+
+        Args:
+            across_ranks: Whether to add up the ranks' rows; by default, whenever torch.distributed runs.
+        """
+        if not len(self.pending):
+            return
+        if across_ranks is None:
+            across_ranks = _world_size() > 1
+        if across_ranks:
+            self.pending = self.pending.clone()
+            torch.distributed.all_reduce(self.pending, group=self.process_group)
+        self.moments, self.counts = self._folded()
+        self.pending = self.pending[:0]
+
+    def estimate(self, *, probe: str = "", coverage: float = 1.0) -> NoiseScaleEstimate:
+        """Return the estimate as of the last :meth:`synchronize` or (on one rank) :meth:`compute`.
+
+        Never communicates.
+
+        Args:
+            probe: Name of the probe, for the record.
+            coverage: Measured share of the trainable parameters.
+        """
+        return self._estimate_from(self.moments, self.counts, probe=probe, coverage=coverage)
+
+    @property
+    def rejected(self) -> dict[Rejection, int]:
+        """Optimizer steps that were measured but left out, by reason, as of the last synchronisation."""
+        return {reason: int(self.counts[2 + reason]) for reason in Rejection}
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Moments and counts after the buffered rows; the buffer must hold the sum over ranks."""
+        moments = PairMoments.from_list(self.moments.tolist())
+        counts = self.counts.tolist()
+        for row in self.pending.tolist():
+            result = measurement_from_row(row, self.checksum_tolerance)
+            if isinstance(result, Rejection):
+                counts[2 + result] += 1
+                continue
+            moments = moments.updated(result.grad_sq_norm, result.cov_trace, self.ema_decay)
+            counts[0] += 1
+            # short windows do not tell the batch size in use
+            if result.full or not counts[1]:
+                counts[1] = result.examples
+        return self.moments.new_tensor(moments.to_list()), self.counts.new_tensor(counts)
+
+    def _estimate_from(
+        self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0
+    ) -> NoiseScaleEstimate:
+        num_measurements, batch_size = counts[:2].tolist()
+        return NoiseScaleEstimate.from_moments(
+            PairMoments.from_list(moments.tolist()),
+            batch_size=batch_size,
+            num_measurements=int(num_measurements),
+            coverage=coverage,
+            unit=self.unit,
+            probe=probe,
+            confidence=self.confidence,
+        )
+
+    def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
+        """Plot one result of :meth:`compute`, or several in order, as the noise scale with its interval.
+
+        Args:
+            val: One result, a sequence of them, or None for the present one.
+            ax: A matplotlib axis to draw on; a new figure by default.
+
+        Returns:
+            The figure and the axis.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
+        """
+        from lightning_wn.noise_scale.plotting import draw_noise_scale, figure_and_axis  # noqa: PLC0415 - optional
+
+        results = [self.compute()] if val is None else [val] if isinstance(val, dict) else list(val)
+        fig, ax = figure_and_axis(ax)
+        columns = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
+        series = [[float(result[column]) for result in results] for column in columns]
+        draw_noise_scale(ax, list(range(1, len(results) + 1)), *series, unit=self.unit)
+        ax.set_xlabel("result")
+        return fig, ax
+
+
+def check_ema_decay(ema_decay: float) -> None:
+    """Raise ValueError unless ``ema_decay`` lies in [0, 1]."""
+    if not 0.0 <= ema_decay <= 1.0:
+        raise ValueError(
+            f"`ema_decay` must lie in [0, 1], got {ema_decay!r}; 0.99 smooths over about 100 measurements and "
+            "1 is the plain mean."
+        )
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise ValueError unless ``confidence`` lies strictly between 0 and 1."""
+    if not 0.0 < confidence < 1.0 or math.isnan(confidence):
+        raise ValueError(f"`confidence` must lie between 0 and 1, exclusive, got {confidence!r}; 0.95 is usual.")

@@ -1,0 +1,196 @@
+"""Probe: one gradient sample is one rank's one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_ELEMENTS_PER_CHECKSUM = 64
+
+
+class MicroBatchProbe:
+    """Sees each micro-batch's local gradient before accumulation and before DDP averages it.
+
+    ``Tensor.register_hook`` on every parameter is called with the gradient of the running backward pass
+    alone. Its norm is taken at once, while it is in the cache, and nothing is kept. The mean of the
+    samples is the gradient that the optimizer is about to use, so its norm comes from ``Parameter.grad``.
+
+    The samples must be independent: layers that mix ranks (SyncBatchNorm) are refused by the callback.
+    Whatever else stands between the samples and the optimizer's gradient (a lossy communication hook,
+    local SGD, a gradient edited or left over) is found by comparing a few random projections of both.
+    """
+
+    name: ClassVar[str] = "micro_batch"
+    default_every_n_steps: ClassVar[int] = 10
+
+    def __init__(self) -> None:
+        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._handles: list[RemovableHandle] = []
+        self._projections: dict[int, _Projection] = {}
+        self._recording = False
+        self._fired: list[bool] = []
+        self._norms: list[Tensor] = []
+        self._checks: dict[int, Tensor] = {}
+        self._forget_step()
+
+    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Start a step; hooks are set anew only where the parameters changed."""
+        parameters = tuple(parameters)
+        same = len(parameters) == len(self._parameters) and all(
+            new is old for new, old in zip(parameters, self._parameters, strict=True)
+        )
+        if not same:
+            self.detach()
+            self._parameters = parameters
+            self._projections = _choose_projections(parameters)
+        if not self._handles:
+            for index, parameter in enumerate(parameters):
+                handle = parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]  # torch's
+                self._handles.append(handle)
+        self._forget_step()
+
+    def before_backward(self) -> None:
+        """Record what the hooks see from here on."""
+        self._fired = [False] * len(self._parameters)
+        self._norms = []
+        self._checks = {}
+        self._recording = True
+
+    def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
+        """Close one sample: its hooks saw ``weight * loss_scale`` times the micro-batch's mean gradient."""
+        self._recording = False
+        device = self._parameters[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        zero = torch.zeros((), device=device, dtype=dtype)
+        norms = torch.stack(self._norms).to(dtype) if self._norms else zero
+        checks = torch.stack([self._checks.get(i, zero).to(dtype) for i in range(NUM_CHECKSUMS)])
+        factor = 1.0 / weight if loss_scale is None else 1.0 / (weight * loss_scale.to(dtype))
+        self._sq_norms.append((norms * factor).square().sum())
+        self._checksums.append(checks * factor)
+        self._sizes.append(size)
+        self._weights.append(weight)
+        self._norms, self._checks = [], {}
+
+    def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
+        """Take the norm of the optimizer's gradient, Σ w_k g_k averaged over ranks, over Σ w_k."""
+        if not self._weights:
+            return None
+        device = self._sq_norms[0].device
+        dtype = self._sq_norms[0].dtype
+        factor = 1.0 / sum(self._weights)
+        scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        norms = foreach_norms(grads)
+        mean_norms = torch.stack(norms).to(dtype) * scale if norms else torch.zeros(1, device=device, dtype=dtype)
+        zero = torch.zeros((), device=device, dtype=dtype)
+        checks = [zero] * NUM_CHECKSUMS
+        for index, projection in self._projections.items():
+            grad = self._parameters[index].grad
+            if grad is not None:
+                checks[projection.slot] = projection(grad).to(dtype) * scale
+        sizes: Sequence[float] | Tensor
+        if any(isinstance(size, Tensor) for size in self._sizes):
+            sizes = torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in self._sizes])
+        else:
+            sizes = [float(size) for size in self._sizes]
+        samples = GradientSamples(
+            sq_norms=torch.stack(self._sq_norms),
+            sizes=sizes,
+            weights=self._weights,
+            grad_sq_norm=mean_norms.square().sum(),
+            checksums=torch.stack(self._checksums),
+            grad_checksums=torch.stack(checks),
+            full=full,
+            irregular=self._irregular,
+        )
+        self._forget_step()
+        return samples
+
+    def detach(self) -> None:
+        """Remove the hooks and forget the step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._parameters = ()
+        self._projections = {}
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._recording = False
+        self._irregular = False
+        self._sq_norms: list[Tensor] = []
+        self._checksums: list[Tensor] = []
+        self._sizes: list[float | Tensor] = []
+        self._weights: list[float] = []
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        projection = self._projections.get(index)
+
+        def see_gradient(grad: Tensor) -> None:
+            if not self._recording:
+                return
+            # the parts of a gradient that arrives twice in one pass cannot be told from two samples
+            self._irregular |= self._fired[index]
+            self._fired[index] = True
+            grad = grad.detach()
+            self._norms.append(gradient_norm(grad))
+            if projection is not None:
+                self._checks[projection.slot] = self._checks.get(projection.slot, 0) + projection(grad)
+
+        return see_gradient
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """Return |grad|, accumulated and kept in float32 at least."""
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype in _LOW_PRECISION else None)
+    return norm
+
+
+def foreach_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return |grad| of each gradient in few kernels, in float32 at least."""
+    norms: list[Tensor] = []
+    for dtype in {grad.dtype for grad in grads}:
+        group = [grad for grad in grads if grad.dtype == dtype]
+        result_dtype = torch.float32 if dtype in _LOW_PRECISION else None
+        norms += torch._foreach_norm(group, 2, dtype=result_dtype)
+    return norms
+
+
+class _Projection:
+    """A fixed random linear function of a few elements of one parameter's gradient."""
+
+    def __init__(self, parameter: nn.Parameter, slot: int, generator: torch.Generator) -> None:
+        self.slot = slot
+        shape, device = parameter.shape, parameter.device
+        count = min(_ELEMENTS_PER_CHECKSUM, parameter.numel())
+        places = [torch.randint(length, (count,), generator=generator).to(device) for length in shape]
+        self._places = tuple(places)
+        self._signs = torch.randn(count, generator=generator).to(device)
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        picked = grad[self._places] if self._places else grad.reshape(1)
+        # a complex gradient projects on its real part
+        picked = torch.view_as_real(picked)[..., 0] if picked.is_complex() else picked
+        wide = torch.promote_types(picked.dtype, torch.float32)
+        return torch.dot(picked.to(wide), self._signs[: len(picked)].to(wide))
+
+
+def _choose_projections(parameters: Sequence[nn.Parameter]) -> dict[int, _Projection]:
+    """Project the largest parameter and others spread over the model; the same choice on every rank."""
+    last = len(parameters) - 1
+    largest = max(range(len(parameters)), key=lambda i: parameters[i].numel())
+    chosen = dict.fromkeys((largest, 0, last, last // 2))
+    # a generator of its own: training must draw the same random numbers with and without the probe
+    generator = torch.Generator().manual_seed(0)
+    return {
+        index: _Projection(parameters[index], slot, generator)
+        for slot, index in enumerate(chosen)
+        if parameters[index].numel()
+    }

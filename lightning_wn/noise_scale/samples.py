@@ -1,0 +1,145 @@
+"""What every probe ends in: the gradient samples of one optimizer step, as a short row of sums.
+
+A row holds sums over samples only. Adding the rows of all ranks therefore gives the row of all samples,
+and one small all-reduce carries many measurements.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_wn.noise_scale.statistics import solve_noise_scale
+
+NUM_CHECKSUMS = 4
+"""Random projections of the gradient that travel with the samples."""
+
+# columns of a row; Σ runs over the samples of all ranks once the ranks' rows are added
+_RANKS, _FULL, _IRREGULAR, _COUNT, _EXAMPLES, _GRAD_SQ_NORM = range(6)  # per rank: 1, flags, K, Σn, |ḡ|²
+_WEIGHT, _W_SQ_NORM, _W_INVERSE, _W2_INVERSE = range(6, 10)  # Σw, Σw|g|², Σw/n, Σw²/n
+_W_CHECK = slice(10, 10 + NUM_CHECKSUMS)
+_W_CHECK_SQ = slice(_W_CHECK.stop, _W_CHECK.stop + NUM_CHECKSUMS)
+_GRAD_CHECK = slice(_W_CHECK_SQ.stop, _W_CHECK_SQ.stop + NUM_CHECKSUMS)
+ROW_SIZE: int = _GRAD_CHECK.stop
+
+
+class Rejection(enum.IntEnum):
+    """Why an optimizer step is no measurement."""
+
+    SINGLE_SAMPLE = 0
+    NON_FINITE = 1
+    MISMATCH = 2
+    IRREGULAR = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSamples:
+    """One rank's gradient samples of one optimizer step, beside the gradient that the optimizer sees.
+
+    Attributes:
+        sq_norms: |g_k|² of this rank's K samples, shape (K,).
+        sizes: Examples n_k behind each sample, shape (K,): numbers, or a tensor that stays on its device.
+        weights: Weight w_k of each sample in the optimizer's gradient, shape (K,), up to one factor that
+            all ranks share.
+        grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
+        checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
+        grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
+        full: Whether this was a full accumulation window; only those tell the batch size in use.
+        irregular: Whether the probe saw what it cannot interpret; the step is then dropped on all ranks.
+    """
+
+    sq_norms: Tensor
+    sizes: Sequence[float] | Tensor
+    weights: Sequence[float]
+    grad_sq_norm: Tensor
+    checksums: Tensor | None = None
+    grad_checksums: Tensor | None = None
+    full: bool = True
+    irregular: bool = False
+
+    def to_row(self) -> Tensor:
+        """Return this rank's sums, shape (ROW_SIZE,), on the samples' device, without waiting for it."""
+        device = self.sq_norms.device
+        # small and big squared norms nearly cancel where the batch is large: sum in float64 where it exists
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        count = len(self.weights)
+        head = [1.0, float(self.full), float(self.irregular), float(count)]
+        sizes_known = not isinstance(self.sizes, Tensor)
+        host = _to_device([*head, *self.weights, *(self.sizes if sizes_known else ())], device, dtype)
+        weights = host[len(head) : len(head) + count]
+        sizes = host[len(head) + count :] if sizes_known else torch.as_tensor(self.sizes).to(device, dtype)
+        checksums, grad_checksums = self.checksums, self.grad_checksums
+        if checksums is None or grad_checksums is None:
+            checksums = torch.zeros(count, NUM_CHECKSUMS, device=device, dtype=dtype)
+            grad_checksums = torch.zeros(NUM_CHECKSUMS, device=device, dtype=dtype)
+        checksums = checksums.to(dtype)
+        columns = (torch.ones_like(weights), self.sq_norms.to(dtype), 1.0 / sizes, weights / sizes)
+        per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksums.square()), dim=1)
+        totals = torch.stack((sizes.sum(), self.grad_sq_norm.to(dtype)))
+        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums.to(dtype)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One usable measurement: the unbiased pair, and how many examples the step had.
+
+    Attributes:
+        grad_sq_norm: One step's estimate of |G|²; unbiased, very noisy, often negative.
+        cov_trace: One step's estimate of tr(Σ); unbiased, never negative.
+        examples: Examples in the optimizer step, over all ranks.
+        full: Whether all accumulation windows were full.
+    """
+
+    grad_sq_norm: float
+    cov_trace: float
+    examples: float
+    full: bool
+
+
+def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Measurement | Rejection:
+    """Solve the two equations for the summed row of all ranks, or say why that step measures nothing.
+
+    Args:
+        row: Sum over ranks of :meth:`GradientSamples.to_row`.
+        checksum_tolerance: Largest allowed difference between the samples' mean checksum and that of the
+            optimizer's gradient, relative to the samples' root mean square.
+
+    Returns:
+        A :class:`Measurement` or a :class:`Rejection`.
+    """
+    ranks, weight = row[_RANKS], row[_WEIGHT]
+    if row[_IRREGULAR] > 0:
+        return Rejection.IRREGULAR
+    if row[_COUNT] < 2:
+        return Rejection.SINGLE_SAMPLE
+    if not all(map(math.isfinite, row)):
+        return Rejection.NON_FINITE
+    checks = zip(row[_W_CHECK], row[_W_CHECK_SQ], row[_GRAD_CHECK], strict=True)
+    for check, check_sq, grad_check in checks:
+        # floor: a projection of gradients that are all zero has nothing to compare
+        scale = math.sqrt(check_sq / weight)
+        if abs(check / weight - grad_check / ranks) > checksum_tolerance * scale:
+            return Rejection.MISMATCH
+    grad_sq_norm, cov_trace = solve_noise_scale(
+        sample_sq_norm=row[_W_SQ_NORM] / weight,
+        grad_sq_norm=row[_GRAD_SQ_NORM] / ranks,
+        sample_inverse_size=row[_W_INVERSE] / weight,
+        grad_inverse_size=row[_W2_INVERSE] / weight**2,
+    )
+    return Measurement(
+        grad_sq_norm=grad_sq_norm,
+        cov_trace=cov_trace,
+        examples=row[_EXAMPLES],
+        full=row[_FULL] == ranks,
+    )
+
+
+def _to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move a few host numbers to the device without waiting for it."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)

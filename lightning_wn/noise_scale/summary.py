@@ -1,0 +1,62 @@
+"""The table at the end of a fit, and the sentences about steps that were left out."""
+
+from __future__ import annotations
+
+from lightning_wn.batch_size.advice import BatchSizeAdvice
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
+from lightning_wn.noise_scale.samples import Rejection
+
+_REASONS = {
+    Rejection.SINGLE_SAMPLE: "had a single gradient sample",
+    Rejection.NON_FINITE: "had NaN or infinite gradients",
+    Rejection.MISMATCH: "had samples that do not add up to the optimizer's gradient",
+    Rejection.IRREGULAR: "had a parameter whose gradient came in several parts",
+}
+
+WARNINGS = {
+    Rejection.NON_FINITE: (
+        "some gradients were NaN or infinite; those optimizer steps are left out on every rank (with a 16-bit "
+        "loss scaler the first few are normal)."
+    ),
+    Rejection.MISMATCH: (
+        "the micro-batch gradients do not add up to the gradient that the optimizer uses, and those steps are left "
+        "out; likely causes are a lossy DDP communication hook (PowerSGD), local SGD, a gradient left over from "
+        "an accumulation factor that changed in mid-window, or a hook or callback that edits gradients before "
+        "this one: remove it, or list this callback before it."
+    ),
+    Rejection.IRREGULAR: (
+        "a parameter's gradient came in several parts within one backward pass, and those steps are left out; likely "
+        "causes are reentrant activation checkpointing of a layer that is used twice (use `use_reentrant=False`) "
+        "or several backward calls in one training step."
+    ),
+}
+"""What to say once, the first time that a step is left out for a reason that the user can act on."""
+
+
+def summary_table(
+    estimate: NoiseScaleEstimate, advice: BatchSizeAdvice, rejected: dict[Rejection, int], every_n_steps: int
+) -> str:
+    """Return the result of a fit as a small table, followed by the advice in words."""
+    title = f"Gradient noise scale (probe {estimate.probe}, every {every_n_steps} optimizer steps)"
+    left_out = [f"{count} that {_REASONS[reason]}" for reason, count in rejected.items() if count]
+    unit = estimate.unit
+    rows = [("measured optimizer steps", f"{estimate.num_measurements}")]
+    if left_out:
+        rows.append(("left out", ", ".join(left_out)))
+    if estimate.num_measurements:
+        level = f"{estimate.confidence * 100:g} % interval"
+        rows += [
+            ("noise scale", f"{format_count(estimate.noise_scale)} {unit}"),
+            (level, f"{format_count(estimate.lower)} to {format_count(estimate.upper)} {unit}"),
+            ("|G|²", f"{estimate.grad_sq_norm:.4g}"),
+            ("tr(Σ)", f"{estimate.cov_trace:.4g}"),
+            ("batch size", f"{format_count(estimate.batch_size)} {unit}"),
+            ("suggested batch size", f"{format_count(advice.suggested_batch_size)} {unit}"),
+        ]
+        if estimate.coverage < 1.0:
+            rows.append(("measured parameters", f"{estimate.coverage:.1%}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}} | {value}" for name, value in rows]
+    rule = "-" * max(map(len, [title, *lines]))
+    words = str(advice).split("\n", 1)[1:]
+    return "\n".join([title, rule, *lines, rule, *words])
