@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-BatchSizeFn = Callable[[Any], "float | Tensor"]
+# returns int, float or Tensor; named so, jsonargparse would only take functions annotated with that union
+BatchSizeFn = Callable[[Any], Any]
 
 
 def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> float | Tensor:
@@ -32,7 +33,7 @@ def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> float | Ten
         # a count on the device is not read here: that would wait for the device
         if not isinstance(count, Tensor) and not count > 0:
             raise ValueError(f"`batch_size_fn` must return the positive number of examples of a batch, got {count!r}.")
-        return count
+        return cast("float | Tensor", count)
     sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
     if len(sizes) == 1 and (size := sizes.pop()) > 0:
         return size

@@ -158,6 +158,7 @@ class GradientNoiseScaleCallback(Callback):
                 "`Trainer(accumulate_grad_batches=2)` or more (4 is a good choice, with a loader batch size a "
                 "quarter as large), or train with DDP on two or more ranks."
             )
+        _require_readable_layers(trainer, pl_module)
         # Lightning restores the state after this hook
         self._start_afresh()
 
@@ -169,19 +170,8 @@ class GradientNoiseScaleCallback(Callback):
                 "`GradientNoiseScaleCallback` has nothing to measure: the optimizer holds no parameter with "
                 "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
             )
-        names = {id(module): name for name, module in pl_module.named_modules()}
-        for module in pl_module.modules():
-            if isinstance(module, nn.SyncBatchNorm) and trainer.world_size > 1:
-                raise ValueError(
-                    f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {names[id(module)]!r} "
-                    "mixes their examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch "
-                    "statistics."
-                )
-            if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                raise ValueError(
-                    f"`GradientNoiseScaleCallback` cannot read sparse gradients, and {names[id(module)]!r} was built "
-                    "with `sparse=True`; build it with `sparse=False`."
-                )
+        # layers that setup or configure_model built were not there before
+        _require_readable_layers(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the run; a checkpoint has been restored by now under every strategy."""
@@ -229,7 +219,8 @@ class GradientNoiseScaleCallback(Callback):
         # a fused optimizer unscales within its step: here its gradients are still scaled
         still_scaled = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)
         grad_scale = _loss_scale(trainer, pl_module.device) if still_scaled else None
-        full = self._num_micro_batches == trainer.accumulate_grad_batches
+        # the last batch of an epoch may be short
+        full = self._num_micro_batches == trainer.accumulate_grad_batches and not trainer.is_last_batch
         samples = self._probe.finish(grad_scale, full=full)
         if samples is not None:
             self._metric.add_samples(samples)
@@ -383,6 +374,23 @@ def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, ha
             raise ValueError(
                 f"`ema_decay={ema_decay!r}` and `half_life_steps={half_life_steps!r}` say the same thing twice; "
                 "give one of them."
+            )
+
+
+def _require_readable_layers(trainer: Trainer, pl_module: LightningModule) -> None:
+    # Lightning turns every batch norm into SyncBatchNorm only later, when it wraps the model
+    will_sync = getattr(trainer.strategy, "_layer_sync", None) is not None
+    synced = (nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm) if will_sync else (nn.SyncBatchNorm,)
+    for name, module in pl_module.named_modules():
+        if trainer.world_size > 1 and isinstance(module, synced):
+            raise ValueError(
+                f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
+                "examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch statistics."
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(
+                f"`GradientNoiseScaleCallback` cannot read sparse gradients, and {name!r} was built with "
+                "`sparse=True`; build it with `sparse=False`."
             )
 
 

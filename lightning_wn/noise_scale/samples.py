@@ -25,7 +25,8 @@ _WEIGHT, _W_SQ_NORM, _W_INVERSE, _W2_INVERSE = range(6, 10)  # Σw, Σw|g|², Σ
 _W_CHECK = slice(10, 10 + NUM_CHECKSUMS)
 _W_CHECK_SQ = slice(_W_CHECK.stop, _W_CHECK.stop + NUM_CHECKSUMS)
 _GRAD_CHECK = slice(_W_CHECK_SQ.stop, _W_CHECK_SQ.stop + NUM_CHECKSUMS)
-ROW_SIZE: int = _GRAD_CHECK.stop
+_GRAD_CHECK_SQ = slice(_GRAD_CHECK.stop, _GRAD_CHECK.stop + NUM_CHECKSUMS)
+ROW_SIZE: int = _GRAD_CHECK_SQ.stop
 
 
 class Rejection(enum.IntEnum):
@@ -49,7 +50,7 @@ class GradientSamples:
         grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
         grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
-        full: Whether this was a full accumulation window; only those tell the batch size in use.
+        full: Whether this was a full accumulation window of full batches; only those tell the batch size in use.
         irregular: Whether the probe saw what it cannot interpret; the step is then dropped on all ranks.
     """
 
@@ -81,7 +82,8 @@ class GradientSamples:
         columns = (torch.ones_like(weights), self.sq_norms.to(dtype), 1.0 / sizes, weights / sizes)
         per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksums.square()), dim=1)
         totals = torch.stack((sizes.sum(), self.grad_sq_norm.to(dtype)))
-        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums.to(dtype)))
+        grad_checksums = grad_checksums.to(dtype)
+        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, grad_checksums.square()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Measurement:
         grad_sq_norm: One step's estimate of |G|²; unbiased, very noisy, often negative.
         cov_trace: One step's estimate of tr(Σ); unbiased, never negative.
         examples: Examples in the optimizer step, over all ranks.
-        full: Whether all accumulation windows were full.
+        full: Whether the accumulation windows were full on all ranks.
     """
 
     grad_sq_norm: float
@@ -106,8 +108,8 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
 
     Args:
         row: Sum over ranks of :meth:`GradientSamples.to_row`.
-        checksum_tolerance: Largest allowed difference between the samples' mean checksum and that of the
-            optimizer's gradient, relative to the samples' root mean square.
+        checksum_tolerance: Largest allowed difference between the samples' mean checksum and that of each
+            rank's optimizer gradient, relative to the samples' root mean square.
 
     Returns:
         A :class:`Measurement` or a :class:`Rejection`.
@@ -119,11 +121,13 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
         return Rejection.SINGLE_SAMPLE
     if not all(map(math.isfinite, row)):
         return Rejection.NON_FINITE
-    checks = zip(row[_W_CHECK], row[_W_CHECK_SQ], row[_GRAD_CHECK], strict=True)
-    for check, check_sq, grad_check in checks:
-        # floor: a projection of gradients that are all zero has nothing to compare
-        scale = math.sqrt(check_sq / weight)
-        if abs(check / weight - grad_check / ranks) > checksum_tolerance * scale:
+    checks = zip(row[_W_CHECK], row[_W_CHECK_SQ], row[_GRAD_CHECK], row[_GRAD_CHECK_SQ], strict=True)
+    for check, check_sq, grad_check, grad_check_sq in checks:
+        allowed = checksum_tolerance * math.sqrt(check_sq / weight)
+        mean = grad_check / ranks
+        # where ranks do not average, their own gradients add up all the same, but differ
+        spread = math.sqrt(max(grad_check_sq / ranks - mean * mean, 0.0))
+        if max(abs(check / weight - mean), spread) > allowed:
             return Rejection.MISMATCH
     grad_sq_norm, cov_trace = solve_noise_scale(
         sample_sq_norm=row[_W_SQ_NORM] / weight,

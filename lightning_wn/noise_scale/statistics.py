@@ -159,7 +159,7 @@ def fieller_interval(
 
     Returns:
         (lower, upper), ``0 <= lower <= upper``. ``upper`` is infinite when |G|² is not distinguishable
-        from zero; both are infinite when |G|² is significantly negative, where no noise scale fits.
+        from zero; both are infinite where no noise scale fits, as when |G|² is significantly negative.
 
     Example:
         >>> lower, upper = fieller_interval(1.0, 50.0, var_x=0.01, cov_xy=0.0, var_y=1.0, quantile=1.96)
@@ -177,11 +177,10 @@ def fieller_interval(
         if c <= 0.0:
             return 0.0, math.inf
         return c / (b + root) if b + root > 0.0 else math.inf, math.inf
-    if mean_x < 0.0:
-        return math.inf, math.inf
-    # c / (b + root) is the lower root without cancellation
-    lower = c / (b + root) if c > 0.0 and b > 0.0 else 0.0
-    return max(lower, 0.0), max((b + root) / a, 0.0)
+    # the root that adds up, and the other one from their product: nothing cancels
+    far = b + math.copysign(root, b)
+    low, high = sorted((far / a, c / far if far else 0.0))
+    return (max(low, 0.0), high) if high > 0.0 else (math.inf, math.inf)
 
 
 @lru_cache(maxsize=4096)
@@ -193,7 +192,7 @@ def student_t_quantile(confidence: float, freedom: float) -> float:
         freedom: Degrees of freedom, any positive number.
 
     Returns:
-        The quantile, accurate to about eight digits.
+        The quantile, accurate to about six digits.
 
     Example:
         >>> round(student_t_quantile(0.95, 4.0), 4)

@@ -1,0 +1,177 @@
+"""What the micro-batch probe costs, beside the floor for any method that needs a small and a big norm.
+
+A small transformer (about 5 M parameters, 1,024 tokens an optimizer step) trains under Lightning with
+accumulation. Three kinds of optimizer steps take turns within one run, so that they share the machine's
+mood: plain, measured by the real callback, and plain with two bare ``torch._foreach_norm`` passes over
+the gradients. Medians and ratios are printed; ``python benchmarks/micro_batch_overhead.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import tracemalloc
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_wn import GradientNoiseScaleCallback
+
+MODES = ("plain", "probe", "floor")
+
+
+class Transformer(L.LightningModule):
+    """Decoder-like stack on random tokens, width 256, 6 layers."""
+
+    def __init__(self, width: int = 256, layers: int = 6, vocabulary: int = 512) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        logits = self.head(self.blocks(self.embedding(batch[:, :-1])))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4, foreach=True)
+
+
+class Turns(L.Callback):
+    """Times each optimizer step, and lets the callback measure in its turn only."""
+
+    def __init__(self, callback: GradientNoiseScaleCallback, warmup: int) -> None:
+        self.callback = callback
+        self.warmup = warmup
+        self.times: dict[str, list[float]] = {mode: [] for mode in MODES}
+        self.synchronization: list[float] = []
+
+    def mode(self, trainer: L.Trainer) -> str:
+        return MODES[trainer.global_step % len(MODES)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.callback.on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.turn = self.mode(trainer)
+            self.start = time.perf_counter()
+        if self.turn == "probe":
+            self.callback.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+        if self.turn == "probe":
+            self.callback.on_before_backward(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.turn == "probe":
+            self.callback.on_after_backward(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if self.turn == "probe":
+            self.callback.on_before_optimizer_step(trainer, pl_module, optimizer)
+        elif self.turn == "floor":
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.norms = [torch._foreach_norm(gradients), torch._foreach_norm(gradients)]
+        self.stepping = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if not getattr(self, "stepping", False):
+            return
+        self.stepping = False
+        if trainer.global_step > self.warmup:
+            self.times[self.turn].append(time.perf_counter() - self.start)
+        if trainer.global_step % 30 == 0:
+            start = time.perf_counter()
+            self.callback._synchronize(trainer)
+            self.callback._log(trainer)
+            self.synchronization.append(time.perf_counter() - start)
+
+
+def quartiles(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle * 1e3:8.2f} ms (quartiles {low * 1e3:.2f} to {high * 1e3:.2f})"
+
+
+def benchmark(accumulate: int, steps: int, sequence: int = 64) -> None:
+    model = Transformer()
+    micro_batch = 1024 // sequence // accumulate
+    data = torch.randint(0, 512, (micro_batch * accumulate * 8, sequence + 1))
+    callback = GradientNoiseScaleCallback(every_n_steps=1)
+    turns = Turns(callback, warmup=2 * len(MODES))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps * len(MODES),
+        accumulate_grad_batches=accumulate,
+        callbacks=[turns],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(data, micro_batch))
+    callback._probe.detach()
+    plain = statistics.median(turns.times["plain"])
+    size = sum(p.numel() for p in model.parameters())
+    print(f"\n{size / 1e6:.2f} M parameters, {accumulate} micro-batches of {micro_batch} x {sequence} tokens a step")
+    for mode in MODES:
+        median = statistics.median(turns.times[mode])
+        print(f"  {mode:6} {quartiles(turns.times[mode])}  {median / plain:.4f}x plain")
+    # each measured and each floor step beside the plain step before it: the machine's drift cancels
+    extra = {
+        mode: statistics.median(
+            [other - own for own, other in zip(turns.times["plain"], turns.times[mode], strict=False)]
+        )
+        for mode in ("probe", "floor")
+    }
+    synchronization = statistics.median(turns.synchronization)
+    cadence = callback._probe.default_every_n_steps
+    amortised = 1 + extra["probe"] / cadence / plain + synchronization / 50 / plain
+    print(f"  probe's overhead / floor's overhead: {extra['probe'] / extra['floor']:.2f}  (at most 1.5)")
+    print(f"  synchronise and log: {synchronization * 1e3:.2f} ms, once in 50 steps")
+    print(f"  at the defaults (one step in {cadence}): {amortised:.4f}x plain  (at most 1.01)")
+
+
+def peak_python_memory() -> None:
+    """Peak of what one measured window allocates beyond the gradients themselves, in tensors' bytes."""
+    model = Transformer()
+    callback = GradientNoiseScaleCallback(every_n_steps=1)
+    probe = callback._probe
+    parameters = list(model.parameters())
+    tracemalloc.start()
+    probe.begin(parameters)
+    held = sum(p._places[0].numel() * 8 * len(p._places) + p._signs.numel() * 4 for p in probe._projections.values())
+    parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    for _ in range(2):
+        batch = torch.randint(0, 512, (2, 65))
+        probe.before_backward()
+        (model.training_step(batch, 0) / 2).backward()
+        norms = sum(n.element_size() for n in probe._norms)
+        probe.after_backward(2, 0.5, None)
+    held += norms + sum(t.numel() * t.element_size() for t in [*probe._sq_norms, *probe._checksums])
+    python_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    probe.detach()
+    print(
+        f"\ntensors held by the probe in a measured window: {held} bytes = {held / parameter_bytes:.5%} of the "
+        f"parameters' {parameter_bytes / 2**20:.1f} MiB; Python objects at the peak: {python_bytes / 2**10:.0f} KiB"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=120, help="timed steps of each kind")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    for accumulate in (2, 4):
+        benchmark(accumulate, arguments.steps)
+    peak_python_memory()

@@ -1,0 +1,147 @@
+"""Two ranks: the same truth, the same estimate on both, no extra communication, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frozen_digits import DigitsMLP, digits, per_example_gradients, standard_errors, truth
+from processes import run_script
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each rank says of each scenario."""
+    folder = tmp_path_factory.mktemp("ddp")
+    run_script(HERE / "ddp_scenarios.py", str(folder), cwd=folder)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture
+def outcome(ranks, request) -> list[Any]:
+    """Both ranks' results of one scenario."""
+    results = [rank[request.param] for rank in ranks]
+    for result in results:
+        if isinstance(result, dict) and "error" in result:
+            pytest.fail(result["error"])
+    return results
+
+
+def scenario(name: str):
+    return pytest.mark.parametrize("outcome", [name], indirect=True)
+
+
+def assert_true(result: dict[str, Any], samples: list[int]) -> None:
+    gradients = per_example_gradients(DigitsMLP(), digits())
+    expected = truth(gradients)
+    spread = standard_errors(gradients, [samples] * (1797 // sum(samples)), 400)
+    assert result["num_measurements"] == 400
+    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0]
+    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1]
+
+
+@scenario("ddp")
+def test_truth_under_ddp(outcome):
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["batch_size"] == 64
+    assert_true(outcome[0], [32, 32])
+
+
+@scenario("ddp_and_accumulation")
+def test_truth_under_ddp_with_accumulation(outcome):
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["batch_size"] == 128
+    assert_true(outcome[0], [32] * 4)
+
+
+@scenario("uneven_batch_sizes")
+def test_truth_with_uneven_ranks(outcome):
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["batch_size"] == 40
+    assert_true(outcome[0], [32, 8])
+
+
+@scenario("bit_for_bit")
+def test_weights_are_bit_for_bit_the_same(outcome):
+    assert outcome == [True, True]
+
+
+@scenario("collectives")
+def test_no_collective_and_no_host_read_between_log_steps(outcome):
+    """Of 25 steps, 10 and 20 are log steps: there one collective and some reads, elsewhere none."""
+    for without, with_callback in outcome:
+        for step in range(1, 25):
+            if step % 10:
+                assert with_callback[step] == without[step]
+            else:
+                assert with_callback[step][0] == without[step][0] + 1
+
+
+@scenario("resumed")
+def test_resumed_equals_uninterrupted(outcome):
+    for whole, resumed in outcome:
+        assert whole["num_measurements"] == 20
+        for name in ("grad_sq_norm", "cov_trace", "noise_scale", "lower", "upper", "num_measurements"):
+            assert resumed[name] == pytest.approx(whole[name], rel=1e-6)
+
+
+@scenario("nan_on_one_rank")
+def test_nan_on_one_rank_drops_the_step_on_all(outcome):
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["rejected"]["NON_FINITE"] == 1
+    assert outcome[0]["num_measurements"] == 9
+    assert math.isfinite(outcome[0]["cov_trace"])
+
+
+@scenario("sync_batch_norm")
+def test_sync_batch_norm_is_refused(outcome):
+    for sentences in outcome:
+        assert len(sentences) == 2
+        for sentence in sentences:
+            assert "SyncBatchNorm in 'net.1' mixes their examples; use `Trainer(sync_batchnorm=False)`" in sentence
+
+
+@scenario("sharded_strategy")
+def test_sharded_strategy_is_refused(outcome):
+    for sentence in outcome:
+        assert "cannot read per-rank gradients under ModelParallelStrategy; use a single device or" in sentence
+
+
+@scenario("lossless_communication_hook")
+def test_a_users_communication_hook_is_left_alone(outcome):
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["num_measurements"] == 20
+
+
+@scenario("lossy_communication_hook")
+def test_gradients_that_are_not_averaged_are_caught(outcome):
+    for result in outcome:
+        assert result["num_measurements"] == 0
+        assert result["rejected"]["MISMATCH"] == 20
+    assert [result["said"] for result in outcome] == [1, 0]  # once, on rank zero
+
+
+@scenario("unused_parameters")
+def test_parameters_unused_on_one_rank(ranks, outcome):
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["num_measurements"] == 20
+    # the extra layer's gradient is zero, so nothing changes beside the comm hook's run on the same data
+    lossless = ranks[0]["lossless_communication_hook"]
+    assert outcome[0]["cov_trace"] == pytest.approx(lossless["cov_trace"], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_estimate_comes_home_from_worker_processes(tmp_path, strategy):
+    run_script(HERE / "spawn_scenario.py", str(tmp_path), strategy, cwd=tmp_path)
+    outcome = json.loads((tmp_path / "parent.json").read_text())
+    assert outcome["num_measurements"] == 40
+    assert outcome["batch_size"] == 128
+    assert outcome["probe"] == "micro_batch"
+    # a float32 metric beside a float64 estimate
+    assert outcome["noise_scale"] == pytest.approx(outcome["metric"], rel=1e-6)
+    assert outcome["suggested"] == 32 * 2 * max(1, round(outcome["noise_scale"] / 64))
