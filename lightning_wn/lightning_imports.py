@@ -27,5 +27,6 @@ def require_lightning_trainer(trainer: object, callback_name: str) -> None:
         raise TypeError(
             f"{callback_name} is a `lightning.pytorch` callback and cannot work in a Trainer from the "
             "package `pytorch_lightning`, whose classes are different ones: write "
-            "`import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`, for the Trainer and for the LightningModule."
+            "`import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`, for the Trainer "
+            "and for the LightningModule."
         )
