@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
 from lightning_wn.weight_norm.layers import DEFAULT_TYPES, rule_for, supported_names
 
@@ -37,7 +37,8 @@ class NamedLayer:
 
     def __str__(self) -> str:
         """Say the name and the type, for error messages."""
-        return f"{self.name!r} ({type(self.module).__name__})" if self.name else type(self.module).__name__
+        kind = type_before_parametrizations(self.module).__name__
+        return f"{self.name!r} ({kind})" if self.name else kind
 
 
 @dataclass(frozen=True)
