@@ -232,6 +232,9 @@ def _install(
     weight_norm = WeightNorm(layout)
     weight_norm.replaced = weakref.ref(weight)
     parametrize.register_parametrization(module, "weight", weight_norm)
+    # torch builds the containers around it in training mode
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    module.parametrizations.train(module.training)
     if id(weight) in shared:
         parametrizations = _parametrizations(module)
         parametrizations.original0, parametrizations.original1 = shared[id(weight)]
