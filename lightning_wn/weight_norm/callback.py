@@ -57,7 +57,7 @@ class WeightNormCallback(Callback):
     Args:
         modules: What to normalize. None means Linear, Conv1-3d and ConvTranspose1-3d; else a type, a glob on
             qualified names, a predicate ``(name, module) -> bool``, or a list of these.
-        exclude: What to leave alone, said in the same ways. In a YAML file types are written as strings.
+        exclude: What to leave alone, said in the same ways.
 
     Raises:
         TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
@@ -71,7 +71,7 @@ class WeightNormCallback(Callback):
 
         WeightNormCallback(modules=["decoder.*", nn.Embedding, "head"], exclude="*.gate")
 
-    or in the YAML file of a LightningCLI::
+    or in the YAML file of a LightningCLI, where types and globs can be written::
 
         trainer:
           callbacks:
@@ -83,9 +83,9 @@ class WeightNormCallback(Callback):
 
     def __init__(
         self,
-        modules: ModuleSelector | Sequence[ModuleSelector] | None = None,
+        modules: Sequence[ModuleSelector] | ModuleSelector | None = None,
         *,
-        exclude: ModuleSelector | Sequence[ModuleSelector] = (),
+        exclude: Sequence[ModuleSelector] | ModuleSelector = (),
     ) -> None:
         if modules is not None:
             as_selectors("modules", modules)

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import ParametrizationList, type_before_parametr
 from lightning_wn.weight_norm.layers import DEFAULT_TYPES, rule_for, supported_names
 
 ModuleSelector: TypeAlias = type[nn.Module] | str | Callable[[str, nn.Module], bool]
-ModuleSelection: TypeAlias = ModuleSelector | Sequence[ModuleSelector]
+# the order matters to jsonargparse: behind a Callable it can no longer write out a list or a string
+ModuleSelection: TypeAlias = Sequence[ModuleSelector] | ModuleSelector
 
 _ALLOWED = (
     'a type such as `nn.Linear` or "torch.nn.Linear", a glob on qualified names such as "encoder.*", '
