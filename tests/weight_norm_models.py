@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_wn.weight_norm.reparametrization import weight_norm_of
+
 
 class Regression(pl.LightningModule):
     """A small network on random data; `lr` lets the learning-rate finder in."""
@@ -57,3 +59,13 @@ def quiet_trainer(*callbacks, **kwargs):
         "enable_model_summary": False,
     }
     return pl.Trainer(callbacks=list(callbacks), **(options | kwargs))
+
+
+def normalized(model):
+    return [name for name, module in model.named_modules() if weight_norm_of(module)]
+
+
+def fit(model, *callbacks, **kwargs):
+    trainer = quiet_trainer(*callbacks, **kwargs)
+    trainer.fit(model)
+    return trainer
