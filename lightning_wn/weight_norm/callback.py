@@ -112,7 +112,9 @@ class WeightNormCallback(Callback):
             self._refuse_copied_model(trainer)
         self._rewritten = rewrite(pl_module, selection.layers)
         if self._rewritten:
-            rank_zero_info(f"{type(self).__name__}: {len(self._rewritten)} layers are now weight-normalized.")
+            rank_zero_info(
+                f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every selected layer is normalized and in the hands of an optimizer."""
@@ -143,7 +145,10 @@ class WeightNormCallback(Callback):
         name = type(self).__name__
         selection = self._select(pl_module)
         if selection.misses:
-            raise ValueError(f"{name} found nothing to do for an argument: {' '.join(selection.misses)}")
+            raise ValueError(
+                f"{name}: {' '.join(selection.misses)} Layers have to exist when training starts: build them "
+                "in `__init__` or `configure_model`."
+            )
         if late := _plain(selection):
             raise ValueError(
                 f"{', '.join(map(str, late))} would train without weight normalization, because {name} "

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
@@ -69,7 +70,7 @@ def test_selection_is_passed_on(caplog):
         model = Regression()
         fit(model, WeightNormCallback("net.*", exclude="net.2"))
     assert normalized(model) == ["net.0"]
-    assert "WeightNormCallback: 1 layers are now weight-normalized" in caplog.text
+    assert "WeightNormCallback weight-normalized 1 of the model's layers" in caplog.text
 
 
 @pytest.mark.parametrize("argument", ["modules", "exclude"])
@@ -80,8 +81,11 @@ def test_a_wrong_argument_fails_when_the_callback_is_built(argument):
 
 @pytest.mark.parametrize("arguments", [{"modules": "nett.*"}, {"exclude": "nett.*"}])
 def test_a_pattern_that_matches_nothing_stops_the_fit(arguments):
-    with pytest.raises(ValueError, match=r"`(modules|exclude)='nett\.\*'` matches no module of Regression"):
+    with pytest.raises(
+        ValueError, match=r"`(modules|exclude)='nett\.\*'` matches no module of Regression"
+    ) as error:
         fit(Regression(), WeightNormCallback(**arguments))
+    assert "build them in `__init__` or `configure_model`" in str(error.value)
 
 
 class MyAveraging(WeightAveraging):
@@ -235,6 +239,33 @@ def test_the_learning_rate_finder_and_the_batch_size_finder_work(tmp_path):
     assert normalized(model) == ["net.0", "net.2"]
     model = Regression()
     fit(model, WeightNormCallback(), BatchSizeFinder(max_trials=2), default_root_dir=tmp_path)
+    assert normalized(model) == ["net.0", "net.2"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_backbone_unfrozen_later_trains_its_g_and_v(first):
+    class WithBackbone(Regression):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4)
+
+        def loss(self, batch):
+            x, y = batch
+            return nn.functional.mse_loss(self.net(self.backbone(x)), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    model = WithBackbone()
+    callbacks = [WeightNormCallback(), BackboneFinetuning(unfreeze_backbone_at_epoch=1)]
+    trainer = fit(model, *(callbacks if first else callbacks[::-1]), max_epochs=3)
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_two_callbacks_share_a_trainer():
+    model = Regression()
+    fit(model, WeightNormCallback("net.0"), WeightNormCallback("net.2"))
     assert normalized(model) == ["net.0", "net.2"]
 
 

@@ -220,7 +220,9 @@ def test_a_parametrized_bias_is_kept_on_both_ways():
     assert torch.equal(other.weight, weight)  # a deep copy shares the parametrized class
     assert type(other.weight) is nn.Parameter
     assert torch.equal(layer.weight, weight)
+    twin = copy.deepcopy(layer)
     assert fold_weight_norm(layer) == [""]
+    assert torch.equal(twin.weight, weight)
     assert torch.equal(layer.weight, weight)
     assert torch.equal(layer.bias, bias)
     assert parametrize.is_parametrized(layer, "bias")
@@ -383,6 +385,14 @@ def test_parts_of_one_buffer_that_do_not_overlap_are_no_shared_weights():
     for i, layer in enumerate(model):
         layer.weight = nn.Parameter(flat[9 * i : 9 * i + 9].view(3, 3))
     assert apply_weight_norm(model) == ["0", "1"]
+
+
+def test_a_compiled_model_computes_the_same():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (8, 1)), nn.ConvTranspose1d(8, 4, 2, groups=2))
+    x = torch.randn(3, 4)
+    apply_weight_norm(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_state_dicts_move_between_models():
