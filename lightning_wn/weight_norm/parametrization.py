@@ -97,7 +97,8 @@ def decompose(weight: Tensor, layout: UnitLayout) -> tuple[Tensor, Tensor]:
     For ordinary units v = w and g = ‖w‖. Two cases differ:
 
     - A zero unit has no direction, and with v = 0 it would never learn: no gradient reaches g. It gets g = 0
-      and a random unit vector for v, from a generator of its own with a fixed seed. Then w = 0, and
+      and a random unit vector for v, from a generator of its own with a fixed seed. Then w = 0 (a zero may
+      carry a minus sign), and
       ∂L/∂g = <∂L/∂w, v> moves it off zero, after which v learns. Units get different directions, so that
       they stay as distinct as their gradients are.
     - A unit so small or large that its squares leave the floating-point range is stored with v scaled by a

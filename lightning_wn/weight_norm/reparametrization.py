@@ -112,7 +112,10 @@ def weight_norm_of(module: nn.Module) -> WeightNorm | None:
 def gain_and_direction(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     """Return the Parameters g and v of a weight-normalized module."""
     parametrizations = _parametrizations(module)
-    return parametrizations.original0, parametrizations.original1  # type: ignore[return-value] # untyped in torch
+    g, v = parametrizations.original0, parametrizations.original1
+    assert isinstance(g, nn.Parameter)
+    assert isinstance(v, nn.Parameter)
+    return g, v
 
 
 def has_plain_weight(module: nn.Module) -> bool:

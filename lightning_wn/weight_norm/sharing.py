@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_wn.weight_norm.layers import rule_for
 from lightning_wn.weight_norm.selection import NamedLayer
+
+
+class _Owner(NamedTuple):
+    name: str
+    module: nn.Module
+    is_rewritten: bool
 
 
 def check_sharing(root: nn.Module, layers: Iterable[NamedLayer]) -> None:
@@ -29,23 +36,24 @@ def check_sharing(root: nn.Module, layers: Iterable[NamedLayer]) -> None:
         >>> check_sharing(tied, [NamedLayer(("0",), tied[0]), NamedLayer(("1",), tied[1])])
     """
     rewritten = {id(layer.module): layer for layer in layers}
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    owners: dict[int, list[_Owner]] = {}
     for module_name, module in root.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             qualified = f"{module_name}.{name}" if module_name else name
-            owners.setdefault(id(parameter), []).append((qualified, module))
+            is_rewritten = id(module) in rewritten and name == "weight"
+            owners.setdefault(id(parameter), []).append(_Owner(qualified, module, is_rewritten))
 
     for layer in rewritten.values():
         shared = owners[id(layer.module.weight)]
-        plain = [name for name, owner in shared if id(owner) not in rewritten or not name.endswith("weight")]
-        names = ", ".join(repr(name) for name, _ in shared)
+        plain = [owner.name for owner in shared if not owner.is_rewritten]
+        names = ", ".join(repr(owner.name) for owner in shared)
         if plain:
             raise ValueError(
                 f"{names} are one shared Parameter, but {', '.join(map(repr, plain))} would not be "
                 "weight-normalized: select all modules that share it (an Embedding has to be named in "
                 "`modules`) or exclude all of them."
             )
-        if len({_layout(owner) for _, owner in shared}) > 1:
+        if len({_layout(owner.module) for owner in shared}) > 1:
             raise ValueError(
                 f"{names} are one shared Parameter, but their output units lie on different dimensions of "
                 "it, so that one g cannot serve them: exclude all of them."

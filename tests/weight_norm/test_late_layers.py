@@ -1,7 +1,10 @@
 """Layers that are built after `__init__` are normalized or refused, never left plain in silence."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from weight_norm_models import Regression, fit, normalized
 
@@ -67,17 +70,34 @@ def test_layers_built_in_configure_model_are_normalized(modules):
 
 
 def test_configure_model_runs_in_the_trainers_contexts():
+    class Recording(SingleDeviceStrategy):
+        open = ()
+
+        @contextmanager
+        def model_sharded_context(self):
+            self.open = (*self.open, "sharded")
+            yield
+            self.open = self.open[:-1]
+
+        @contextmanager
+        def tensor_init_context(self, empty_init=None):
+            self.open = (*self.open, "tensor")
+            with super().tensor_init_context(empty_init):
+                yield
+            self.open = self.open[:-1]
+
     class Halved(BuiltInConfigureModel):
         def loss(self, batch):
             return super().loss([t.to(torch.bfloat16) for t in batch])
 
         def build(self):
             super().build()
-            self.dtype_in_hook = torch.get_default_dtype()
+            self.seen = [*getattr(self, "seen", []), (self.trainer.strategy.open, torch.get_default_dtype())]
 
     model = Halved()
-    fit(model, WeightNormCallback(), precision="bf16-true")
-    assert model.dtype_in_hook == torch.bfloat16
+    fit(model, WeightNormCallback(), strategy=Recording("cpu"), precision="bf16-true")
+    # once called by the callback, once by Lightning
+    assert model.seen == [(("tensor", "sharded"), torch.bfloat16)] * 2
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 

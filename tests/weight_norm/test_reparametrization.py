@@ -290,6 +290,14 @@ class Alias(nn.Module):
         self.alias = self.layer.weight
 
 
+class AliasInside(nn.Linear):
+    """Owns its weight under a second name that ends alike."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.same_weight = self.weight
+
+
 def untied_by_data():
     model = tied()
     model["head"].weight = nn.Parameter(model["embed"].weight.data)
@@ -312,6 +320,7 @@ def transposed_pair():
         ),
         (tied, {"modules": "embed"}, ["'head.weight' would not be", "exclude all of them"]),
         (Alias, {}, ["'alias', 'layer.weight' are one shared", "'alias' would not be"]),
+        (lambda: nn.Sequential(AliasInside()), {}, ["'0.same_weight' would not be"]),
         (transposed_pair, {}, ["'0.weight', '1.weight' are one shared", "different dimensions"]),
         (untied_by_data, {"modules": "*"}, ["'embed.weight' and 'head.weight' share memory"]),
         (lambda: nn.Sequential(nn.Embedding(3, 2, sparse=True)), {"modules": "0"}, ["`sparse=True`", "'0'"]),
