@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from weight_norm_models import Regression, fit, normalized
@@ -70,21 +71,25 @@ def test_layers_built_in_configure_model_are_normalized(modules):
 
 
 def test_configure_model_runs_in_the_trainers_contexts():
-    class Recording(SingleDeviceStrategy):
-        open = ()
+    opened = []
 
-        @contextmanager
-        def model_sharded_context(self):
-            self.open = (*self.open, "sharded")
+    @contextmanager
+    def recorded(name, context):
+        opened.append(name)
+        with context:
             yield
-            self.open = self.open[:-1]
+        opened.pop()
 
-        @contextmanager
+    class Strategy(SingleDeviceStrategy):
+        def model_sharded_context(self):
+            return recorded("sharded", super().model_sharded_context())
+
         def tensor_init_context(self, empty_init=None):
-            self.open = (*self.open, "tensor")
-            with super().tensor_init_context(empty_init):
-                yield
-            self.open = self.open[:-1]
+            return recorded("tensor", super().tensor_init_context(empty_init))
+
+    class Precision(HalfPrecision):
+        def module_init_context(self):
+            return recorded("module", super().module_init_context())
 
     class Halved(BuiltInConfigureModel):
         def loss(self, batch):
@@ -92,12 +97,12 @@ def test_configure_model_runs_in_the_trainers_contexts():
 
         def build(self):
             super().build()
-            self.seen = [*getattr(self, "seen", []), (self.trainer.strategy.open, torch.get_default_dtype())]
+            self.seen = [*getattr(self, "seen", []), (*opened, torch.get_default_dtype())]
 
     model = Halved()
-    fit(model, WeightNormCallback(), strategy=Recording("cpu"), precision="bf16-true")
+    fit(model, WeightNormCallback(), strategy=Strategy("cpu"), plugins=[Precision("bf16-true")])
     # once called by the callback, once by Lightning
-    assert model.seen == [(("tensor", "sharded"), torch.bfloat16)] * 2
+    assert model.seen == [("tensor", "sharded", "module", torch.bfloat16)] * 2
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
