@@ -69,3 +69,9 @@ def fit(model, *callbacks, **kwargs):
     trainer = quiet_trainer(*callbacks, **kwargs)
     trainer.fit(model)
     return trainer
+
+
+def tied():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
