@@ -1,1 +1,6 @@
 """Weight normalization: reparametrize modules as w = g · v / ‖v‖ and fold them back."""
+
+from lightning_wn.weight_norm.callback import WeightNormCallback
+from lightning_wn.weight_norm.reparametrization import apply_weight_norm, fold_weight_norm
+
+__all__ = ["WeightNormCallback", "apply_weight_norm", "fold_weight_norm"]

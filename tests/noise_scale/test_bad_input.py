@@ -183,6 +183,6 @@ def test_trainer_of_the_other_package():
 
     Trainer.__module__ = "pytorch_lightning.trainer.trainer"
     with pytest.raises(
-        TypeError, match=r"got a Trainer of `pytorch_lightning`.*write `import lightning.pytorch as pl`"
+        TypeError, match=r"a Trainer from the package `pytorch_lightning`.*write `import lightning.pytorch as pl`"
     ):
         GradientNoiseScaleCallback().setup(Trainer(), DigitsMLP(), "fit")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe, foreach_norms, gradient_norm
+from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe, foreach_norms
 from lightning_wn.noise_scale.samples import Measurement, Rejection, measurement_from_row
 
 
@@ -92,10 +92,19 @@ def test_non_contiguous_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_norms_are_kept_in_float32(dtype):
+    parameter = nn.Parameter(torch.zeros(1000, dtype=dtype))
     grad = (torch.randn(1000) * 300).to(dtype)
-    assert gradient_norm(grad).dtype == torch.float32
-    # float32 sums of 1,000 exactly represented squares
-    torch.testing.assert_close(gradient_norm(grad).double(), grad.double().norm(), rtol=1e-6, atol=0)
+    probe = MicroBatchProbe()
+    probe.begin([parameter])
+    for _ in range(2):
+        probe.before_backward()
+        parameter.backward(grad)
+        probe.after_backward(4, 0.5, None)
+    samples = probe.finish(None, full=True)
+    probe.detach()
+    expected = grad.double().square().sum() * 4  # over the weight, squared
+    # float32 sums of 1,000 exactly represented squares; bfloat16 would be off by 1e-3
+    torch.testing.assert_close(samples.sq_norms, expected.expand(2), rtol=1e-6, atol=0)
     torch.testing.assert_close(foreach_norms([grad])[0].double(), grad.double().norm(), rtol=1e-6, atol=0)
 
 

@@ -35,9 +35,10 @@ class MicroBatchProbe:
         self._handles: list[RemovableHandle] = []
         self._projections: dict[int, _Projection] = {}
         self._recording = False
-        self._fired: list[bool] = []
+        # of the running backward pass; the hooks hold on to these lists
+        self._fired: list[int] = []
         self._norms: list[Tensor] = []
-        self._checks: dict[int, Tensor] = {}
+        self._checks: list[tuple[int, Tensor]] = []
         self._forget_step()
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -52,31 +53,30 @@ class MicroBatchProbe:
             self._projections = _choose_projections(parameters)
         if not self._handles:
             for index, parameter in enumerate(parameters):
-                handle = parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]  # torch's
+                handle = parameter.register_hook(self._hook(index, parameter))  # type: ignore[no-untyped-call]  # torch's
                 self._handles.append(handle)
         self._forget_step()
 
     def before_backward(self) -> None:
         """Record what the hooks see from here on."""
-        self._fired = [False] * len(self._parameters)
-        self._norms = []
-        self._checks = {}
+        self._forget_backward()
         self._recording = True
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Close one sample: its hooks saw ``weight * loss_scale`` times the micro-batch's mean gradient."""
         self._recording = False
+        # the parts of a gradient that arrives twice in one pass cannot be told from two samples
+        self._irregular |= len(set(self._fired)) < len(self._fired)
         device = self._parameters[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        zero = torch.zeros((), device=device, dtype=dtype)
-        norms = torch.stack(self._norms).to(dtype) if self._norms else zero
-        checks = torch.stack([self._checks.get(i, zero).to(dtype) for i in range(NUM_CHECKSUMS)])
+        norms = torch.stack(self._norms).to(dtype) if self._norms else torch.zeros((), device=device, dtype=dtype)
+        checks = _in_slots(self._checks, device, dtype)
         factor = 1.0 / weight if loss_scale is None else 1.0 / (weight * loss_scale.to(dtype))
         self._sq_norms.append((norms * factor).square().sum())
         self._checksums.append(checks * factor)
         self._sizes.append(size)
         self._weights.append(weight)
-        self._norms, self._checks = [], {}
+        self._forget_backward()
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Take the norm of the optimizer's gradient, Σ w_k g_k averaged over ranks, over Σ w_k."""
@@ -89,12 +89,11 @@ class MicroBatchProbe:
         grads = [p.grad for p in self._parameters if p.grad is not None]
         norms = foreach_norms(grads)
         mean_norms = torch.stack(norms).to(dtype) * scale if norms else torch.zeros(1, device=device, dtype=dtype)
-        zero = torch.zeros((), device=device, dtype=dtype)
-        checks = [zero] * NUM_CHECKSUMS
-        for index, projection in self._projections.items():
-            grad = self._parameters[index].grad
-            if grad is not None:
-                checks[projection.slot] = projection(grad).to(dtype) * scale
+        checks = [
+            (projection.slot, projection(grad))
+            for index, projection in self._projections.items()
+            if (grad := self._parameters[index].grad) is not None
+        ]
         sizes: Sequence[float] | Tensor
         if any(isinstance(size, Tensor) for size in self._sizes):
             sizes = torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in self._sizes])
@@ -106,7 +105,7 @@ class MicroBatchProbe:
             weights=self._weights,
             grad_sq_norm=mean_norms.square().sum(),
             checksums=torch.stack(self._checksums),
-            grad_checksums=torch.stack(checks),
+            grad_checksums=_in_slots(checks, device, dtype) * scale,
             full=full,
             irregular=self._irregular,
         )
@@ -122,35 +121,39 @@ class MicroBatchProbe:
         self._projections = {}
         self._forget_step()
 
+    def _forget_backward(self) -> None:
+        for entries in (self._fired, self._norms, self._checks):
+            entries.clear()
+
     def _forget_step(self) -> None:
         self._recording = False
+        self._forget_backward()
         self._irregular = False
         self._sq_norms: list[Tensor] = []
         self._checksums: list[Tensor] = []
         self._sizes: list[float | Tensor] = []
         self._weights: list[float] = []
 
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        # called once a parameter and backward pass: what can be settled here is not settled there
+        fired, norms, checks = self._fired, self._norms, self._checks
         projection = self._projections.get(index)
+        dtype = _norm_dtype(parameter)
 
         def see_gradient(grad: Tensor) -> None:
-            if not self._recording:
-                return
-            # the parts of a gradient that arrives twice in one pass cannot be told from two samples
-            self._irregular |= self._fired[index]
-            self._fired[index] = True
-            grad = grad.detach()
-            self._norms.append(gradient_norm(grad))
-            if projection is not None:
-                self._checks[projection.slot] = self._checks.get(projection.slot, 0) + projection(grad)
+            if self._recording:
+                fired.append(index)
+                grad = grad.detach()
+                norms.append(torch.linalg.vector_norm(grad, dtype=dtype))
+                if projection is not None:
+                    checks.append((projection.slot, projection(grad)))
 
         return see_gradient
 
 
-def gradient_norm(grad: Tensor) -> Tensor:
-    """Return |grad|, accumulated and kept in float32 at least."""
-    norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype in _LOW_PRECISION else None)
-    return norm
+def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
+    """In which type to sum the squares: float32 at least."""
+    return torch.float32 if tensor.dtype in _LOW_PRECISION else None
 
 
 def foreach_norms(grads: Sequence[Tensor]) -> list[Tensor]:
@@ -158,9 +161,15 @@ def foreach_norms(grads: Sequence[Tensor]) -> list[Tensor]:
     norms: list[Tensor] = []
     for dtype in {grad.dtype for grad in grads}:
         group = [grad for grad in grads if grad.dtype == dtype]
-        result_dtype = torch.float32 if dtype in _LOW_PRECISION else None
-        norms += torch._foreach_norm(group, 2, dtype=result_dtype)
+        norms += torch._foreach_norm(group, 2, dtype=_norm_dtype(group[0]))
     return norms
+
+
+def _in_slots(checks: Sequence[tuple[int, Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the projections in their slots, shape (NUM_CHECKSUMS,); what did not come is zero."""
+    slots = dict(checks)
+    zero = torch.zeros((), device=device)
+    return torch.stack([slots.get(slot, zero).to(dtype) for slot in range(NUM_CHECKSUMS)])
 
 
 class _Projection:

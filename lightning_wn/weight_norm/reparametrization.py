@@ -1,0 +1,280 @@
+"""Rewrite layers as w = v · (g/‖v‖) in place, and fold them back into plain weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from lightning_wn.weight_norm.layers import LayerRule, rule_for
+from lightning_wn.weight_norm.parametrization import UnitLayout, WeightNorm, decompose
+from lightning_wn.weight_norm.selection import ModuleSelection, NamedLayer, select
+from lightning_wn.weight_norm.sharing import check_sharing
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def apply_weight_norm(
+    module: nn.Module, modules: ModuleSelection | None = None, *, exclude: ModuleSelection = ()
+) -> list[str]:
+    """Reparametrize the weights of a model as w = g · v/‖v‖, in place (arXiv 1602.07868, section 2).
+
+    Each weight becomes two Parameters, ``parametrizations.weight.original0`` (g, the length of each output
+    unit) and ``parametrizations.weight.original1`` (v, its direction), from which ``weight`` is computed
+    whenever it is read. The weights do not change by this, bit for bit. Call it before an optimizer is built:
+    the old Parameters are no longer the model's.
+
+    What is one unit: a row for Linear and Embedding, an output channel for convolutions and transposed
+    convolutions, with groups too. g has the rank of the weight, with the units on the output dimension:
+    (out, 1) for Linear, (out, 1, 1, 1) for Conv2d, (1, out, 1, 1) for ConvTranspose2d.
+
+    A layer whose weight is already computed (parametrized by anyone, pruned, or under torch's older
+    weight-norm and spectral-norm hooks) is left alone. A weight that several selected layers share stays
+    shared; type, device, memory format and ``requires_grad`` are kept. A zero unit starts at g = 0 with a
+    fixed random direction, so that it is zero now and learns later.
+
+    Args:
+        module: The model, or a single layer.
+        modules: What to normalize. None means Linear, Conv1-3d and ConvTranspose1-3d. Otherwise a type
+            (``nn.Embedding``, or the dotted path of an imported class, "torch.nn.Embedding"), a glob matched
+            against whole qualified names ("decoder.*"; ``*`` matches dots too), a predicate
+            ``(name, module) -> bool``, or a list of these: a layer is selected if any entry selects it.
+            Modules without a matrix of their own, such as containers, activations and normalization layers,
+            are passed over; one that has a matrix and is not supported, such as an LSTM, is an error.
+        exclude: What to leave alone, said in the same ways.
+
+    Returns:
+        The qualified names of the layers that were rewritten, in the order of the model. A second call finds
+        nothing left to do and returns an empty list.
+
+    Raises:
+        TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
+        ValueError: If an entry matches nothing, or a selected layer cannot be normalized. The model is then
+            as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.ones(1, 4)
+        >>> before = model(x)
+        >>> apply_weight_norm(model, exclude="2")
+        ['0']
+        >>> model[0].parametrizations.weight.original0.shape
+        torch.Size([8, 1])
+        >>> torch.equal(model(x), before)
+        True
+    """
+    selection = select(module, modules, exclude)
+    if selection.misses:
+        raise ValueError(" ".join(selection.misses))
+    return rewrite(module, selection.layers)
+
+
+def fold_weight_norm(module: nn.Module) -> list[str]:
+    """Replace the g and v of every weight-normalized layer by the plain weight they stand for, in place.
+
+    The weights do not change by this, bit for bit, and the layers get back their class and the order of their
+    parameters; type, device and ``requires_grad`` are kept (it is set if g or v has it). Layers that share g
+    and v share one weight again: fold the whole model then, not one of the layers. Other parametrizations are
+    left alone.
+
+    Args:
+        module: The model, or a single layer.
+
+    Returns:
+        The qualified names of the layers that were folded.
+
+    Raises:
+        ValueError: If another parametrization was registered on top of a normalized weight. The model is then
+            as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8))
+        >>> apply_weight_norm(model) == fold_weight_norm(model) == ["0"]
+        True
+        >>> type(model[0]).__name__, [name for name, _ in model.named_parameters()]
+        ('Linear', ['0.weight', '0.bias'])
+    """
+    return fold(NamedLayer((name,), layer) for name, layer in module.named_modules() if weight_norm_of(layer))
+
+
+def weight_norm_of(module: nn.Module) -> WeightNorm | None:
+    """Return the parametrization through which this package computes the module's weight, if it does."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    first = _parametrizations(module)[0]
+    return first if isinstance(first, WeightNorm) else None
+
+
+def gain_and_direction(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the Parameters g and v of a weight-normalized module."""
+    parametrizations = _parametrizations(module)
+    g, v = parametrizations.original0, parametrizations.original1
+    assert isinstance(g, nn.Parameter)
+    assert isinstance(v, nn.Parameter)
+    return g, v
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Tell whether the module's weight is a Parameter of its own, and not computed from others."""
+    return module._parameters.get("weight") is not None
+
+
+def plain_weight(module: nn.Module) -> nn.Parameter:
+    """Return the weight of a module that has a plain one: see :func:`has_plain_weight`."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def rewrite(root: nn.Module, layers: Iterable[NamedLayer]) -> list[str]:
+    """Reparametrize these layers of a model; those whose weight is already computed are left alone.
+
+    Args:
+        root: The model, in which other owners of the weights are looked for.
+        layers: The layers, all of supported types.
+
+    Returns:
+        The names of the layers that were rewritten.
+
+    Raises:
+        ValueError: If one of the layers cannot be rewritten. The model is then as it was.
+    """
+    todo = [layer for layer in layers if has_plain_weight(layer.module)]
+    layouts = [_check_layer(layer) for layer in todo]
+    check_sharing(root, todo)
+    for layer, layout in zip(todo, layouts, strict=True):
+        _check_values(layer, layout)
+
+    shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    done: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for layer, layout in zip(todo, layouts, strict=True):
+            weight = plain_weight(layer.module)
+            done.append((layer.module, weight))
+            _install(layer.module, weight, layout, shared)
+    except BaseException:
+        for module, weight in done:
+            if not has_plain_weight(module):
+                _uninstall(module, weight)
+        raise
+    return [layer.name for layer in todo]
+
+
+def fold(layers: Iterable[NamedLayer]) -> list[str]:
+    """Fold these weight-normalized layers: see :func:`fold_weight_norm`."""
+    todo = list(layers)
+    for layer in todo:
+        if len(_parametrizations(layer.module)) > 1:
+            raise ValueError(
+                f"{layer} has another parametrization on top of its weight normalization, which cannot be "
+                "folded from under it: remove that one first with "
+                "`torch.nn.utils.parametrize.remove_parametrizations`."
+            )
+    weights: dict[tuple[int, int], nn.Parameter] = {}
+    for layer in todo:
+        g, v = gain_and_direction(layer.module)
+        key = (id(g), id(v))
+        if key not in weights:
+            with torch.no_grad():
+                # not `module.weight`, which may come from a `parametrize.cached()` scope
+                weight = _parametrizations(layer.module)().detach()
+            weights[key] = nn.Parameter(weight, requires_grad=g.requires_grad or v.requires_grad)
+        _uninstall(layer.module, weights[key])
+    return [layer.name for layer in todo]
+
+
+def _check_layer(layer: NamedLayer) -> UnitLayout:
+    module = layer.module
+    rule = rule_for(module)
+    assert isinstance(rule, LayerRule)  # `select` returns supported types only
+    reason = rule.refusal(module) or _weight_refusal(plain_weight(module))
+    if reason is not None:
+        raise ValueError(f"{layer} cannot be weight-normalized: {reason}.")
+    return rule.layout(module)
+
+
+def _check_values(layer: NamedLayer, layout: UnitLayout) -> None:
+    try:
+        decompose(plain_weight(layer.module), layout)
+    except ValueError as error:
+        raise ValueError(f"{layer} cannot be weight-normalized: {error}.") from None
+
+
+def _weight_refusal(weight: nn.Parameter) -> str | None:
+    if is_lazy(weight):
+        return "its weight has no shape yet: run one batch through the model first, or exclude the layer"
+    if type(weight) is not nn.Parameter:
+        return (
+            f"its weight is a {type(weight).__name__}, and only plain Parameters are supported, not sharded "
+            "or quantized ones: shard or quantize after folding, or exclude the layer"
+        )
+    if weight.is_meta:
+        return "its weight is on the meta device, without values: materialize it first, or exclude the layer"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is of type {weight.dtype}, and only real floating point works: exclude the layer"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return (
+            "its weight has gradient hooks, which would never fire again: register them after the rewriting, "
+            "or exclude the layer"
+        )
+    return None
+
+
+def _install(
+    module: nn.Module,
+    weight: nn.Parameter,
+    layout: UnitLayout,
+    shared: dict[int, tuple[nn.Parameter, nn.Parameter]],
+) -> None:
+    if parametrize.is_parametrized(module):
+        _give_own_class(module)
+    weight_norm = WeightNorm(layout)
+    weight_norm.replaced = weakref.ref(weight)
+    parametrize.register_parametrization(module, "weight", weight_norm)
+    # torch builds the containers around it in training mode
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    module.parametrizations.train(module.training)
+    if id(weight) in shared:
+        parametrizations = _parametrizations(module)
+        parametrizations.original0, parametrizations.original1 = shared[id(weight)]
+    shared[id(weight)] = gain_and_direction(module)
+
+
+def _uninstall(module: nn.Module, weight: nn.Parameter) -> None:
+    """Give the module this plain weight in place of its parametrization.
+
+    torch's ``remove_parametrizations`` makes a buffer of a frozen weight, puts the weight behind the bias,
+    and deletes the property from a class that deep copies of the module share.
+    """
+    plain_class = type(module).__bases__[0]
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    del module.parametrizations["weight"]
+    if len(module.parametrizations) == 0:
+        del module.parametrizations
+        module.__class__ = plain_class
+    else:
+        _give_own_class(module, without="weight")
+    others = dict(module._parameters)
+    module._parameters.clear()
+    module.register_parameter("weight", weight)
+    module._parameters.update(others)
+
+
+def _give_own_class(module: nn.Module, without: str | None = None) -> None:
+    """Give the module a copy of its parametrized class: its deep copies share that class with it."""
+    cls = type(module)
+    members = {
+        key: value for key, value in vars(cls).items() if key not in (without, "__dict__", "__weakref__")
+    }
+    module.__class__ = type(cls.__name__, cls.__bases__, members)
+
+
+def _parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    found = module.parametrizations["weight"]
+    assert isinstance(found, parametrize.ParametrizationList)
+    return found

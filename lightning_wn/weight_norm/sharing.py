@@ -1,0 +1,91 @@
+"""Parameters that several modules own: they stay one Parameter, or the rewriting is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_wn.weight_norm.layers import rule_for
+from lightning_wn.weight_norm.selection import NamedLayer
+
+
+class _Owner(NamedTuple):
+    name: str
+    module: nn.Module
+    is_rewritten: bool
+
+
+def check_sharing(root: nn.Module, layers: Iterable[NamedLayer]) -> None:
+    """Raise unless every weight to rewrite is owned by layers that are all rewritten alike.
+
+    Args:
+        root: The model in which owners are looked for.
+        layers: The layers whose ``weight`` is about to be replaced.
+
+    Raises:
+        ValueError: If a weight has an owner that keeps the plain one, or owners whose units differ, or shares
+            its memory with another Parameter.
+
+    Example:
+        >>> tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        >>> tied[1].weight = tied[0].weight
+        >>> check_sharing(tied, [NamedLayer(("0",), tied[0]), NamedLayer(("1",), tied[1])])
+    """
+    rewritten = {id(layer.module): layer for layer in layers}
+    owners: dict[int, list[_Owner]] = {}
+    for module_name, module in root.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            qualified = f"{module_name}.{name}" if module_name else name
+            is_rewritten = id(module) in rewritten and name == "weight"
+            owners.setdefault(id(parameter), []).append(_Owner(qualified, module, is_rewritten))
+
+    for layer in rewritten.values():
+        shared = owners[id(layer.module.weight)]
+        plain = [owner.name for owner in shared if not owner.is_rewritten]
+        names = ", ".join(repr(owner.name) for owner in shared)
+        if plain:
+            raise ValueError(
+                f"{names} are one shared Parameter, but {', '.join(map(repr, plain))} would not be "
+                "weight-normalized: select all modules that share it (an Embedding has to be named in "
+                "`modules`) or exclude all of them."
+            )
+        if len({_layout(owner.module) for owner in shared}) > 1:
+            raise ValueError(
+                f"{names} are one shared Parameter, but their output units lie on different dimensions of "
+                "it, so that one g cannot serve them: exclude all of them."
+            )
+    _check_memory(root, {id(layer.module.weight) for layer in rewritten.values()})
+
+
+def _layout(module: nn.Module) -> object:
+    rule = rule_for(module)
+    return rule.layout(module) if rule is not None else None
+
+
+def _check_memory(root: nn.Module, rewritten: set[int]) -> None:
+    """Refuse two Parameters over the same memory: new g and v would silently untie them."""
+    spans = sorted(
+        (str(parameter.device), *_span(parameter), name, id(parameter) in rewritten)
+        for name, parameter in root.named_parameters()
+        if not is_lazy(parameter) and parameter.numel() and _has_memory(parameter)
+    )
+    for (device, _, end, name, first), (other_device, start, _, other, second) in pairwise(spans):
+        if device == other_device and start < end and (first or second):
+            raise ValueError(
+                f"{name!r} and {other!r} share memory without being one Parameter, and rewriting one would "
+                "silently untie them: assign the same Parameter to both modules, or exclude them."
+            )
+
+
+def _has_memory(parameter: Tensor) -> bool:
+    return type(parameter) is nn.Parameter and parameter.device.type != "meta"
+
+
+def _span(parameter: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.data_ptr()
+    return start, start + (last + 1) * parameter.element_size()

@@ -1,0 +1,99 @@
+"""DDP in several processes: what the workers train comes home."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from weight_norm_models import Regression, quiet_trainer
+
+from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "train_in_processes.py"
+
+
+def run(folder, strategy):
+    paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    for name in ("MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)  # Lightning then finds a free port
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), strategy, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+    return torch.load(folder / f"{strategy}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory):
+    """A run under ordinary DDP, where the first rank is the calling process."""
+    return run(tmp_path_factory.mktemp("ddp"), "ddp")
+
+
+def from_checkpoint(path):
+    """The weights of a file, computed by the paper's formula."""
+    state = {k: v.double() for k, v in torch.load(path, weights_only=False)["state_dict"].items()}
+    weights = {}
+    for name, value in state.items():
+        layer, _, kind = name.partition(".parametrizations.weight.original")
+        if kind == "1":
+            weights[f"{layer}.weight"] = state[name[:-1] + "0"] * value / value.norm(dim=1, keepdim=True)
+        elif not kind:
+            weights[name] = value
+    return weights
+
+
+def test_ordinary_ddp_trains_normalized_layers(ordinary):
+    assert ordinary["plain"] == [False, False, False]
+    assert ordinary["tied"]
+    trained = from_checkpoint(ordinary["last"])
+    assert trained["net.4.weight"].abs().sum() > 0  # started at zero
+    for name, weight in ordinary["weights"].items():
+        torch.testing.assert_close(weight.double(), trained[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_trained_weights_come_home(ordinary, tmp_path, strategy):
+    home = run(tmp_path, strategy)
+    assert home["plain"] == [True, True, True]
+    assert home["tied"]
+    trained = from_checkpoint(home["last"])
+    assert home["weights"].keys() == trained.keys() == ordinary["weights"].keys()
+    for name, weight in home["weights"].items():
+        # the formula in float64 against float32: rounding only
+        torch.testing.assert_close(weight.double(), trained[name], rtol=1e-6, atol=1e-7)
+        # and, bit for bit, what ordinary DDP trains from the same seed
+        assert torch.equal(weight, ordinary["weights"][name])
+    if strategy == "ddp_fork":
+        assert home["tested"][0]["test_loss"] > 0
+
+
+def test_layers_normalized_before_the_fit_come_home_normalized():
+    """A worker folds only what it rewrote: the parent of these layers is not plain."""
+    model = Regression(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    apply_weight_norm(model, "net.0")
+    callback = WeightNormCallback()
+    trainer = quiet_trainer(callback, strategy="ddp_fork")
+    trainer.strategy.connect(model)
+    callback.setup(trainer, model, "fit")
+    assert "net.1.parametrizations.weight.original0" in model.state_dict()
+    callback.teardown(trainer, model, "fit")
+    names = list(model.state_dict())
+    assert "net.1.weight" in names
+    assert "net.0.parametrizations.weight.original0" in names

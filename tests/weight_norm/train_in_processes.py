@@ -1,0 +1,55 @@
+"""Train under a strategy of several processes and save what the calling process holds afterwards.
+
+Run as a script: ``python train_in_processes.py STRATEGY FOLDER``.
+"""
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from weight_norm_models import Regression, quiet_trainer
+
+from lightning_wn.weight_norm import WeightNormCallback, fold_weight_norm
+from lightning_wn.weight_norm.reparametrization import has_plain_weight
+
+
+def build():
+    pl.seed_everything(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    net[2].weight = net[0].weight
+    nn.init.zeros_(net[4].weight)
+    return Regression(net)
+
+
+def main(strategy, folder):
+    model = build()
+    checkpoint = ModelCheckpoint(folder / strategy, save_last=True, monitor="val_loss")
+    trainer = quiet_trainer(
+        WeightNormCallback(),
+        checkpoint,
+        strategy=strategy,
+        devices=2,
+        max_epochs=3,
+        enable_checkpointing=True,
+    )
+    trainer.fit(model)
+    plain = [has_plain_weight(model.net[i]) for i in (0, 2, 4)]
+    fold_weight_norm(model)
+    results = {
+        "plain": plain,
+        "tied": model.net[0].weight is model.net[2].weight,
+        "weights": {name: p.detach().clone() for name, p in model.state_dict().items()},
+        "last": checkpoint.last_model_path or str(folder / strategy / "last.ckpt"),
+    }
+    if strategy == "ddp_fork":
+        # workers that load the file of g and v into the plain model
+        results["tested"] = trainer.test(model, ckpt_path="best", verbose=False)
+    if trainer.global_rank == 0:
+        torch.save(results, folder / f"{strategy}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
