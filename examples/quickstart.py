@@ -65,7 +65,7 @@ def report(trainer: pl.Trainer, noise_scale: GradientNoiseScaleCallback, folder:
     picture = folder / "noise_scale.png"
     advice = noise_scale.advise()
     plot_noise_scale(read_csv_history(csv_folder), advice).savefig(picture, dpi=120)
-    print()
+    print("\nIn plain words, from print(noise_scale.advise()):\n")
     print(advice)
     print()
     print(f"Validation accuracy: {float(trainer.callback_metrics['val/accuracy']):.1%}")
