@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning_wn.batch_size.tradeoff import (
     adam_learning_rate_factor,
-    examples_cost,
+    examples_factor,
     sgd_learning_rate_factor,
-    steps_cost,
+    steps_factor,
 )
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
 
@@ -61,39 +61,58 @@ class BatchSizeAdvice:
 
     def __str__(self) -> str:
         """A short text for people."""
-        estimate, unit = self.estimate, self.estimate.unit
+        estimate = self.estimate
         if not estimate.num_measurements:
             return "No advice on the batch size: the noise scale was not measured yet."
         lines = [str(estimate)[0].upper() + str(estimate)[1:] + "."]
-        if not self.suggested_accumulate_grad_batches:
-            lines.append("No advice on the batch size: |G|² is not above zero yet; measure more steps.")
-            return "\n".join(lines)
-        old, new = self.configuration.accumulate_grad_batches, self.suggested_accumulate_grad_batches
-        size = format_count(self.suggested_batch_size)
-        micro_batch = estimate.batch_size / (old * self.configuration.num_ranks)
-        if new == old:
-            lines.append(f"Keep the batch size: {size} {unit} is the reachable size nearest to the noise scale.")
+        if self.suggested_accumulate_grad_batches:
+            lines += [self._suggestion(), self._smaller_micro_batch(), self._doubt()]
         else:
-            lines.append(
-                f"Try a batch size of {size} {unit}: accumulate_grad_batches={new} instead of {old}. To the same "
-                f"loss that is about {_change(self.steps_factor, 'steps')} and "
-                f"{_change(self.examples_factor, unit)}; learning rate x{self.sgd_learning_rate_factor:.2g} "
-                f"for SGD, x{self.adam_learning_rate_factor:.2g} for Adam."
-            )
-        smallest = micro_batch * self.configuration.num_ranks
-        if estimate.noise_scale < 0.7 * smallest:
-            per_rank = max(1.0, estimate.noise_scale / self.configuration.num_ranks)
-            lines.append(
-                f"The noise scale is below one micro-batch per rank ({format_count(smallest)} {unit} in all): "
-                f"a micro-batch near {format_count(per_rank)} would come closer."
-            )
-        if not estimate.is_resolved:
-            lines.append(
-                "Not sure yet: |G|² cannot be told from zero, so the noise scale may be far larger; measure more."
-            )
-        elif estimate.upper > 2.0 * estimate.lower:
-            lines.append("The interval is still wide: measure more steps before a large change.")
-        return "\n".join(lines)
+            lines += ["No advice on the batch size: |G|² is not above zero yet; measure more steps.", self._at_least()]
+        return "\n".join(line for line in lines if line)
+
+    def _suggestion(self) -> str:
+        old, new = self.configuration.accumulate_grad_batches, self.suggested_accumulate_grad_batches
+        size, unit = format_count(self.suggested_batch_size), self.estimate.unit
+        if new == old:
+            return f"Keep the batch size: {size} {unit} is the reachable size nearest to the noise scale."
+        return (
+            f"{'Try' if self.estimate.is_resolved else 'A first guess, to be confirmed:'} a batch size of {size} "
+            f"{unit}: accumulate_grad_batches={new} instead of {old}. To the same "
+            f"loss that is about {_change(self.steps_factor, 'steps')} and "
+            f"{_change(self.examples_factor, unit)}; learning rate x{self.sgd_learning_rate_factor:.2g} "
+            f"for SGD, x{self.adam_learning_rate_factor:.2g} for Adam."
+        )
+
+    def _smaller_micro_batch(self) -> str:
+        """Say how to get below one micro-batch on every rank, which accumulation cannot."""
+        estimate, ranks = self.estimate, self.configuration.num_ranks
+        smallest = estimate.batch_size / self.configuration.accumulate_grad_batches
+        if estimate.noise_scale >= 0.7 * smallest:
+            return ""
+        # one device measures with two micro-batches or more
+        accumulate = 2 if ranks == 1 else 1
+        micro_batch = max(1, round(estimate.noise_scale / (accumulate * ranks)))
+        return (
+            f"The noise scale is below one micro-batch per rank ({format_count(smallest)} {estimate.unit} in all): "
+            f"micro-batches of about {format_count(micro_batch)} with accumulate_grad_batches={accumulate} would "
+            "come closer."
+        )
+
+    def _doubt(self) -> str:
+        if not self.estimate.is_resolved:
+            doubt = "Not sure yet: |G|² cannot be told from zero, so the noise scale may be far larger; measure more."
+            return f"{doubt} {self._at_least()}".rstrip()
+        old, new = self.configuration.accumulate_grad_batches, self.suggested_accumulate_grad_batches
+        if new >= 8 * old:
+            return "That is far from where it was measured: go part of the way and measure again."
+        if new != old and self.estimate.upper > 2.0 * self.estimate.lower:
+            return "The interval is still wide: measure more steps before a large change."
+        return ""
+
+    def _at_least(self) -> str:
+        lower, unit = self.estimate.lower, self.estimate.unit
+        return f"The noise scale is probably above {format_count(lower)} {unit}." if 0.0 < lower < math.inf else ""
 
 
 def advise_batch_size(estimate: NoiseScaleEstimate, configuration: RunConfiguration) -> BatchSizeAdvice:
@@ -126,8 +145,8 @@ about 2.5x fewer steps and 1.6x the examples; learning rate x2.5 for SGD, x1.6 f
         accumulate = max(1, round(noise_scale / unit))
         suggested = accumulate * unit
         factors = (
-            steps_cost(suggested, noise_scale) / steps_cost(present, noise_scale),
-            _ratio(examples_cost(suggested, noise_scale), examples_cost(present, noise_scale)),
+            steps_factor(present, suggested, noise_scale),
+            examples_factor(present, suggested, noise_scale),
             sgd_learning_rate_factor(present, suggested, noise_scale),
             adam_learning_rate_factor(present, suggested, noise_scale),
         )
@@ -143,15 +162,14 @@ about 2.5x fewer steps and 1.6x the examples; learning rate x2.5 for SGD, x1.6 f
     )
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if math.isfinite(denominator) else math.nan
-
-
 def _change(factor: float, what: str) -> str:
-    """Say "2.5x fewer steps" or "1.6x the examples".
+    """Say "2.5x fewer steps", "1.6x the examples" or "as many steps".
 
     Example:
-        >>> _change(0.4, "steps"), _change(1.6, "examples")
-        ('2.5x fewer steps', '1.6x the examples')
+        >>> _change(0.4, "steps"), _change(1.6, "examples"), _change(0.99, "steps")
+        ('2.5x fewer steps', '1.6x the examples', 'as many steps')
     """
-    return f"{factor:.2g}x the {what}" if factor >= 1.0 else f"{1.0 / factor:.2g}x fewer {what}"
+    times = f"{max(factor, 1.0 / factor):.2g}x"
+    if times == "1x":
+        return f"as many {what}"
+    return f"{times} the {what}" if factor > 1.0 else f"{times} fewer {what}"

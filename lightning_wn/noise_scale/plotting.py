@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+NOISE_SCALE_COLOR = "#0072B2"
+BATCH_SIZE_COLOR = "#D55E00"
+"""Blue and vermillion of Okabe & Ito's palette: told apart by colour-blind readers too."""
 
-def figure_and_axis(ax: Any = None) -> tuple[Any, Any]:
-    """Return (figure, axis): the given axis with its figure, or new ones.
+
+def import_pyplot() -> Any:
+    """Return ``matplotlib.pyplot``.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
@@ -19,6 +23,16 @@ def figure_and_axis(ax: Any = None) -> tuple[Any, Any]:
         raise ModuleNotFoundError(
             'Figures need matplotlib, which is not installed; run `pip install "lightning-wn[plots]"`.'
         ) from error
+    return plt
+
+
+def figure_and_axis(ax: Any = None) -> tuple[Any, Any]:
+    """Return (figure, axis): the given axis with its figure, or new ones.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
+    plt = import_pyplot()
     return plt.subplots(layout="constrained") if ax is None else (ax.figure, ax)
 
 
@@ -43,21 +57,50 @@ def draw_noise_scale(  # noqa: PLR0917 - one series after the other, as they sta
         batch_size: Batch size in use.
         unit: What is counted.
     """
-    finite = [x for x in (*noise_scale, *lower, *upper, *batch_size) if math.isfinite(x) and x > 0]
-    bottom, top = (min(finite), max(finite)) if finite else (1.0, 10.0)
-    # a quarter of a decade of air, and no more than two decades below what is estimated
-    bottom, top = bottom / 1.8, top * 1.8
-    estimates = [x for x in (*noise_scale, *batch_size) if math.isfinite(x) and x > 0]
-    if estimates:
-        bottom = max(bottom, min(estimates) / 20)
-        top = min(top, max(estimates) * 20)
-    clip = [min(x, top) if x > bottom else bottom for x in upper], [max(x, bottom) for x in lower]
-    ax.fill_between(steps, clip[1], clip[0], alpha=0.25, linewidth=0, color="tab:blue", label="its interval")
+    bottom, top = _limits(noise_scale, lower, upper, batch_size)
+    band = [min(max(x, bottom), top) for x in lower], [min(max(x, bottom), top) for x in upper]
+    # a single result is a dot with an error bar: a line or a band of no width would not show
+    alone = len(steps) == 1
+    mark = {"marker": "o"} if alone else {}
+    if alone:
+        ax.vlines(steps, *band, alpha=0.4, linewidth=6, color=NOISE_SCALE_COLOR, label="its interval")
+    else:
+        ax.fill_between(steps, *band, alpha=0.2, linewidth=0, color=NOISE_SCALE_COLOR, label="its interval")
     gaps = [x if math.isfinite(x) else math.nan for x in noise_scale]
-    alone = {"marker": "o"} if len(steps) == 1 else {}
-    ax.plot(steps, gaps, color="tab:blue", label="noise scale", **alone)
-    ax.plot(steps, batch_size, color="tab:orange", linestyle="--", label="batch size in use", **alone)
+    ax.plot(steps, gaps, color=NOISE_SCALE_COLOR, linewidth=2, label="noise scale", **mark)
+    ax.plot(steps, batch_size, color=BATCH_SIZE_COLOR, linestyle="--", linewidth=2, label="batch size in use", **mark)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
+    ax.yaxis.set_major_locator(_plain_log_locator(ax.yaxis, bottom, top))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ax.yaxis.minorticks_off()
+    if alone:
+        ax.set_xticks(list(steps))
+        ax.set_xlim(steps[0] - 1, steps[0] + 1)
     ax.set_ylabel(unit)
+    ax.grid(visible=True, color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
     ax.legend(frameon=False)
+
+
+def _limits(
+    noise_scale: Sequence[float], lower: Sequence[float], upper: Sequence[float], batch_size: Sequence[float]
+) -> tuple[float, float]:
+    """Choose the range of the axis: all that is finite, within a factor of 8 of what is estimated."""
+    finite = [x for x in (*noise_scale, *lower, *upper, *batch_size) if math.isfinite(x) and x > 0]
+    if not finite:
+        return 1.0, 10.0
+    estimates = [x for x in (*noise_scale, *batch_size) if math.isfinite(x) and x > 0] or finite
+    bottom = max(min(finite) / 1.5, min(estimates) / 8)
+    # air for the legend above
+    top = min(max(finite) * 2.5, max(estimates) * 8)
+    return bottom, top
+
+
+def _plain_log_locator(axis: Any, bottom: float, top: float) -> Any:
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415 - optional, see above
+
+    decades = math.log10(top / bottom)
+    locator = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,))
+    locator.set_axis(axis)
+    return locator
