@@ -1,9 +1,10 @@
 """What the micro-batch probe costs, beside the floor for any method that needs a small and a big norm.
 
 A small transformer (about 5 M parameters, 1,024 tokens an optimizer step) trains under Lightning with
-one, two or four micro-batches a step; one is what each rank of a DDP run does. Three kinds of optimizer steps take turns within one run, so that they share the machine's
-mood: plain, measured by the real callback, and plain with two bare ``torch._foreach_norm`` passes over
-the gradients. Medians and ratios are printed; ``python benchmarks/micro_batch_overhead.py``.
+one, two or four micro-batches a step; one is what each rank of a DDP run does. Three kinds of optimizer
+steps take turns within one run, so that they share the machine's mood: plain, measured by the real
+callback, and plain with two bare ``torch._foreach_norm`` passes over the gradients. Medians and ratios
+are printed. Run it with ``python benchmarks/micro_batch_overhead.py`` where lightning_wn is installed.
 """
 
 from __future__ import annotations

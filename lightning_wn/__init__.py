@@ -4,5 +4,14 @@ from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
+from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, fold_weight_norm
 
-__all__ = ["BatchSizeAdvice", "GradientNoiseScale", "GradientNoiseScaleCallback", "NoiseScaleEstimate"]
+__all__ = [
+    "BatchSizeAdvice",
+    "GradientNoiseScale",
+    "GradientNoiseScaleCallback",
+    "NoiseScaleEstimate",
+    "WeightNormCallback",
+    "apply_weight_norm",
+    "fold_weight_norm",
+]

@@ -112,9 +112,7 @@ class WeightNormCallback(Callback):
             self._refuse_copied_model(trainer)
         self._rewritten = rewrite(pl_module, selection.layers)
         if self._rewritten:
-            rank_zero_info(
-                f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers."
-            )
+            rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every selected layer is normalized and in the hands of an optimizer."""
@@ -124,9 +122,7 @@ class WeightNormCallback(Callback):
         """Check again, after the ``on_fit_start`` hooks of the model and of other callbacks."""
         self._check(trainer, pl_module)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Clean up: ``teardown`` is not called after an exception."""
         self._remove_load_hooks()
 

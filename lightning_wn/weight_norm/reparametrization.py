@@ -267,9 +267,7 @@ def _uninstall(module: nn.Module, weight: nn.Parameter) -> None:
 def _give_own_class(module: nn.Module, without: str | None = None) -> None:
     """Give the module a copy of its parametrized class: its deep copies share that class with it."""
     cls = type(module)
-    members = {
-        key: value for key, value in vars(cls).items() if key not in (without, "__dict__", "__weakref__")
-    }
+    members = {key: value for key, value in vars(cls).items() if key not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, members)
 
 

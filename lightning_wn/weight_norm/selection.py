@@ -154,9 +154,7 @@ def _matching(
         misses.append(f"`modules=()` selects nothing: pass None for the default types, or {_ALLOWED}.")
     for entry in entries:
         matches = _matcher(entry)
-        found = {
-            id(layer.module) for layer in candidates if any(matches(n, layer.module) for n in layer.names)
-        }
+        found = {id(layer.module) for layer in candidates if any(matches(n, layer.module) for n in layer.names)}
         if not found:
             misses.append(_miss(argument, entry, root, matches))
         hits |= found
@@ -183,15 +181,9 @@ def _imported_type(path: str) -> type[nn.Module] | None:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def _miss(
-    argument: str, entry: ModuleSelector, root: nn.Module, matches: Callable[[str, nn.Module], bool]
-) -> str:
+def _miss(argument: str, entry: ModuleSelector, root: nn.Module, matches: Callable[[str, nn.Module], bool]) -> str:
     where = type(root).__name__
-    others = [
-        f"{name!r} ({type(module).__name__})"
-        for name, module in root.named_modules()
-        if matches(name, module)
-    ]
+    others = [f"{name!r} ({type(module).__name__})" for name, module in root.named_modules() if matches(name, module)]
     if not others:
         return (
             f"`{argument}={_show(entry)}` matches no module of {where}: an entry must be {_ALLOWED}; "

@@ -81,9 +81,7 @@ def test_a_wrong_argument_fails_when_the_callback_is_built(argument):
 
 @pytest.mark.parametrize("arguments", [{"modules": "nett.*"}, {"exclude": "nett.*"}])
 def test_a_pattern_that_matches_nothing_stops_the_fit(arguments):
-    with pytest.raises(
-        ValueError, match=r"`(modules|exclude)='nett\.\*'` matches no module of Regression"
-    ) as error:
+    with pytest.raises(ValueError, match=r"`(modules|exclude)='nett\.\*'` matches no module of Regression") as error:
         fit(Regression(), WeightNormCallback(**arguments))
     assert "build them in `__init__` or `configure_model`" in str(error.value)
 
@@ -92,9 +90,7 @@ class MyAveraging(WeightAveraging):
     pass
 
 
-@pytest.mark.parametrize(
-    "averaging", [WeightAveraging, MyAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.01)]
-)
+@pytest.mark.parametrize("averaging", [WeightAveraging, MyAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.01)])
 def test_averaging_goes_behind(averaging):
     name = type(averaging()).__name__
     with pytest.raises(ValueError, match=f"{name} is listed before WeightNormCallback") as error:
@@ -123,9 +119,7 @@ def test_averaged_g_and_v_are_what_the_model_ends_with():
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_sharding_strategies_are_refused(strategy):
     trainer = types.SimpleNamespace(strategy=object.__new__(strategy))
-    with pytest.raises(
-        ValueError, match=f"does not work with {strategy.__name__}.*use a single device or a DDP"
-    ):
+    with pytest.raises(ValueError, match=f"does not work with {strategy.__name__}.*use a single device or a DDP"):
         _refuse_sharding(trainer)
 
 
@@ -291,7 +285,5 @@ def test_tied_weights_train_tied():
 
 def test_a_barebones_trainer_works():
     model = Regression()
-    pl.Trainer(
-        barebones=True, max_epochs=1, callbacks=[WeightNormCallback()], accelerator="cpu", devices=1
-    ).fit(model)
+    pl.Trainer(barebones=True, max_epochs=1, callbacks=[WeightNormCallback()], accelerator="cpu", devices=1).fit(model)
     assert normalized(model) == ["net.0", "net.2"]

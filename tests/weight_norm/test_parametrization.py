@@ -59,16 +59,12 @@ def test_a_transposed_unit_is_what_makes_one_output_channel(groups, dims):
         g, v = decompose(layer.weight, layout)
         g.view(-1)[channel] = 0
         with torch.no_grad():
-            out = torch.nn.functional.__dict__[f"conv_transpose{dims}d"](
-                x, compose(g, v, layout), groups=groups
-            )
+            out = torch.nn.functional.__dict__[f"conv_transpose{dims}d"](x, compose(g, v, layout), groups=groups)
         silent = out.abs().amax(dim=[0, *range(2, 2 + dims)]) == 0
         assert silent.nonzero().flatten().tolist() == [channel]
 
 
-@pytest.mark.parametrize(
-    "layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)]
-)
+@pytest.mark.parametrize("layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)])
 def test_gradcheck(layout):
     v = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
     g = torch.rand_like(decompose(v, layout)[0]).requires_grad_()
@@ -76,9 +72,7 @@ def test_gradcheck(layout):
     assert torch.autograd.gradgradcheck(lambda g, v: compose(g, v, layout), (g, v))
 
 
-@pytest.mark.parametrize(
-    "layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)]
-)
+@pytest.mark.parametrize("layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)])
 def test_gradients_match_the_papers_formulas(layout):
     """Equation 3: dg = <dw, v>/|v|, dv = g/|v| dw - g dg/|v|² v; so dv is orthogonal to v."""
     v = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -131,9 +125,7 @@ def _arguments(layer):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)]
-)
+@pytest.mark.parametrize("layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 40.0])
 def test_the_round_trip_is_bit_equal(dtype, layout, scale):
     # many units: a ratio that is 1 only to rounding shows in some of them
@@ -173,9 +165,7 @@ def test_float64_units_beyond_the_range_of_squares():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)]
-)
+@pytest.mark.parametrize("layout", [FIRST, UnitLayout(transposed=True), UnitLayout(transposed=True, groups=2)])
 def test_zero_units_are_zero_now_and_learn_later(dtype, layout):
     weight = torch.randn(8, 6, 4).to(dtype)
     units = layout.by_unit(weight)
