@@ -148,7 +148,7 @@ def peak_python_memory() -> None:
     probe = callback._probe
     parameters = list(model.parameters())
     tracemalloc.start()
-    probe.begin(parameters)
+    probe.begin(0, 1, model, parameters)
     held = sum(p._places[0].numel() * 8 * len(p._places) + p._signs.numel() * 4 for p in probe._projections.values())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     for _ in range(2):

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wn.batch_size.advice import BatchSizeAdvice, RunConfiguration, advise_batch_size
@@ -20,17 +19,22 @@ from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.mailbox import Mailbox
 from lightning_wn.noise_scale.metric import GradientNoiseScale, check_confidence, check_ema_decay
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
+from lightning_wn.noise_scale.run_facts import (
+    configuration_of,
+    log_interval,
+    loss_scale,
+    require_dense_gradients,
+    trainable_parameters,
+)
 from lightning_wn.noise_scale.samples import Rejection
-from lightning_wn.noise_scale.strategies import require_readable_strategy
+from lightning_wn.noise_scale.selection import PROBES, choose_probe
 from lightning_wn.noise_scale.summary import WARNINGS, summary_table
-
-PROBES = {MicroBatchProbe.name: MicroBatchProbe}
 
 _DEFAULT_EMA_DECAY = 0.99
 _SYNC_STEPS_WITHOUT_LOGGING = 50
 
-# moments and counts of the metric, accumulation, ranks, cadence
-_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 3
+# moments and counts of the metric, accumulation, ranks, cadence, probe
+_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 4
 
 
 class GradientNoiseScaleCallback(Callback):
@@ -120,7 +124,9 @@ class GradientNoiseScaleCallback(Callback):
         The same on every rank. Never communicates, so it may be called on one rank alone.
         """
         self._collect_mail()
-        return self._metric.estimate(probe=self._probe.name, coverage=1.0)
+        return self._metric.estimate(
+            probe=self._probe.name, coverage=self._probe.coverage, approximate=bool(self._probe.approximate)
+        )
 
     def advise(self) -> BatchSizeAdvice:
         """Return a batch size to try, with what it would change; as of the last synchronisation."""
@@ -144,34 +150,20 @@ class GradientNoiseScaleCallback(Callback):
         if stage != "fit":
             return
         require_lightning_trainer(trainer, type(self).__name__)
-        require_readable_strategy(trainer.strategy)
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                "`GradientNoiseScaleCallback` reads gradients under automatic optimization only, and "
-                f"{type(pl_module).__name__} sets `automatic_optimization = False`; remove the callback or use "
-                "automatic optimization."
-            )
-        if trainer.world_size * _largest_accumulation(trainer) < 2:
-            raise ValueError(
-                "`GradientNoiseScaleCallback` compares gradients over few and over many examples, and one device "
-                "without gradient accumulation has one batch size only; set "
-                "`Trainer(accumulate_grad_batches=2)` or more (4 is a good choice, with a loader batch size a "
-                "quarter as large), or train with DDP on two or more ranks."
-            )
-        _require_readable_layers(trainer, pl_module)
+        self._choose_probe(trainer, pl_module)
         # Lightning restores the state after this hook
         self._start_afresh()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is known once the model is wrapped and the optimizer exists."""
-        parameters = _trainable_parameters(trainer)
+        parameters = trainable_parameters(trainer)
         if not parameters:
             raise ValueError(
                 "`GradientNoiseScaleCallback` has nothing to measure: the optimizer holds no parameter with "
                 "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
             )
         # layers that setup or configure_model built were not there before
-        _require_readable_layers(trainer, pl_module)
+        self._choose_probe(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the run; a checkpoint has been restored by now under every strategy."""
@@ -180,22 +172,29 @@ class GradientNoiseScaleCallback(Callback):
         self._every_n_steps = every_n_steps or self._probe.default_every_n_steps
         if self.half_life_steps is not None:
             self._metric.ema_decay = 0.5 ** (self._every_n_steps / self.half_life_steps)
-        low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in _trainable_parameters(trainer))
+        low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable_parameters(trainer))
         # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
         self._metric.checksum_tolerance = 0.05 if low_precision else 0.01
-        self._configuration = _configuration_of(trainer)
+        self._configuration = configuration_of(trainer)
+        if self._probe.approximate:
+            rank_zero_warn(
+                f"`GradientNoiseScaleCallback` measures with the probe '{self._probe.name}', which is approximate: "
+                f"{self._probe.approximate}."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
         self._stepped = False
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._measuring = trainer.global_step % self._every_n_steps == 0
+            self._measuring = self._probe.is_due(trainer.global_step, self._every_n_steps)
             if self._measuring:
-                self._probe.begin(_trainable_parameters(trainer))
+                parameters = trainable_parameters(trainer)
+                self._probe.begin(trainer.global_step, self._every_n_steps, pl_module, parameters)
                 self._num_micro_batches = 0
-                self._configuration = _configuration_of(trainer)
+                self._configuration = configuration_of(trainer)
         if self._measuring:
             self._batch_examples = count_examples(batch, self.batch_size_fn)
+            self._probe.before_forward()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the probe record this backward pass."""
@@ -207,7 +206,7 @@ class GradientNoiseScaleCallback(Callback):
         if self._measuring:
             # Lightning divides the loss by this factor, even in a window that ends early
             weight = 1.0 / trainer.accumulate_grad_batches
-            self._probe.after_backward(self._batch_examples, weight, _loss_scale(trainer, pl_module.device))
+            self._probe.after_backward(self._batch_examples, weight, loss_scale(trainer, pl_module.device))
             self._num_micro_batches += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -218,7 +217,7 @@ class GradientNoiseScaleCallback(Callback):
         self._measuring = False
         # a fused optimizer unscales within its step: here its gradients are still scaled
         still_scaled = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)
-        grad_scale = _loss_scale(trainer, pl_module.device) if still_scaled else None
+        grad_scale = loss_scale(trainer, pl_module.device) if still_scaled else None
         # the last batch of an epoch may be short
         full = self._num_micro_batches == trainer.accumulate_grad_batches and not trainer.is_last_batch
         samples = self._probe.finish(grad_scale, full=full)
@@ -231,16 +230,16 @@ class GradientNoiseScaleCallback(Callback):
         """Synchronise and log at log steps."""
         if not self._stepped:
             return
-        if trainer.global_step % (_log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0:
+        if trainer.global_step % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0:
             self._synchronize(trainer)
-            if _log_interval(trainer):
+            if log_interval(trainer):
                 self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Synchronise, log and print the last estimate, and leave no hook behind."""
         self._probe.detach()
         self._synchronize(trainer)
-        if _log_interval(trainer):
+        if log_interval(trainer):
             self._log(trainer)
         if trainer.local_rank == 0:
             self._post_mail()
@@ -300,6 +299,12 @@ class GradientNoiseScaleCallback(Callback):
         self._last_logged_step = -1
         self._warned: set[Rejection] = set()
 
+    def _choose_probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_dense_gradients(pl_module)
+        name = choose_probe(self.probe, trainer, pl_module)
+        if name != self._probe.name:
+            self._probe = PROBES[name]()
+
     def _synchronize(self, trainer: Trainer) -> None:
         before = self._metric.rejected
         self._metric.synchronize(across_ranks=trainer.world_size > 1)
@@ -340,6 +345,7 @@ class GradientNoiseScaleCallback(Callback):
                 run.accumulate_grad_batches,
                 run.num_ranks,
                 self._every_n_steps,
+                list(PROBES).index(self._probe.name),
             ]
         )
 
@@ -351,8 +357,9 @@ class GradientNoiseScaleCallback(Callback):
         num_moments = len(self._metric.moments)
         self._metric.reset()
         self._metric.moments = torch.tensor(mail[:num_moments], dtype=torch.float64)
-        self._metric.counts = torch.tensor(mail[num_moments:-3], dtype=torch.float64)
-        accumulate_grad_batches, num_ranks, self._every_n_steps = map(int, mail[-3:])
+        self._metric.counts = torch.tensor(mail[num_moments:-4], dtype=torch.float64)
+        accumulate_grad_batches, num_ranks, self._every_n_steps, probe = map(int, mail[-4:])
+        self._probe = PROBES[list(PROBES)[probe]]()
         self._configuration = RunConfiguration(accumulate_grad_batches=accumulate_grad_batches, num_ranks=num_ranks)
 
 
@@ -375,49 +382,3 @@ def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, ha
                 f"`ema_decay={ema_decay!r}` and `half_life_steps={half_life_steps!r}` say the same thing twice; "
                 "give one of them."
             )
-
-
-def _require_readable_layers(trainer: Trainer, pl_module: LightningModule) -> None:
-    # Lightning turns every batch norm into SyncBatchNorm only later, when it wraps the model
-    will_sync = getattr(trainer.strategy, "_layer_sync", None) is not None
-    synced = (nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm) if will_sync else (nn.SyncBatchNorm,)
-    for name, module in pl_module.named_modules():
-        if trainer.world_size > 1 and isinstance(module, synced):
-            raise ValueError(
-                f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
-                "examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch statistics."
-            )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ValueError(
-                f"`GradientNoiseScaleCallback` cannot read sparse gradients, and {name!r} was built with "
-                "`sparse=True`; build it with `sparse=False`."
-            )
-
-
-def _configuration_of(trainer: Trainer) -> RunConfiguration:
-    return RunConfiguration(accumulate_grad_batches=trainer.accumulate_grad_batches, num_ranks=trainer.world_size)
-
-
-def _trainable_parameters(trainer: Trainer) -> list[nn.Parameter]:
-    """Return the parameters that the optimizer moves; fine-tuning callbacks change them in mid-run."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-
-
-def _loss_scale(trainer: Trainer, device: torch.device) -> Tensor | None:
-    """Return the gradient scaler's factor, on the device; `get_scale()` would wait for it."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else scaler.scale(torch.ones((), device=device))
-
-
-def _log_interval(trainer: Trainer) -> int:
-    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set outside Trainer.__init__
-
-
-def _largest_accumulation(trainer: Trainer) -> int:
-    """Return the most micro-batches per optimizer step that the run is known to reach."""
-    factors = [trainer.accumulate_grad_batches]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside Trainer.__init__
-        if isinstance(callback, GradientAccumulationScheduler):
-            factors += callback.scheduling.values()
-    return max(factors)

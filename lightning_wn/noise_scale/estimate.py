@@ -30,6 +30,7 @@ class NoiseScaleEstimate:
         unit: What is counted: ``"examples"``, or what the callback's user named.
         probe: Where the gradient samples came from.
         confidence: Confidence level of the interval.
+        approximate: Whether the probe is only approximate; its documentation says in which direction.
 
     Example:
         >>> print(NoiseScaleEstimate(
@@ -50,6 +51,7 @@ class NoiseScaleEstimate:
     unit: str
     probe: str
     confidence: float
+    approximate: bool = False
 
     @classmethod
     def from_moments(
@@ -62,6 +64,7 @@ class NoiseScaleEstimate:
         unit: str,
         probe: str,
         confidence: float,
+        approximate: bool = False,
     ) -> NoiseScaleEstimate:
         """Build the estimate from the smoothed measurements."""
         enough = num_measurements >= MIN_MEASUREMENTS_FOR_INTERVAL
@@ -81,6 +84,7 @@ class NoiseScaleEstimate:
             unit=unit,
             probe=probe,
             confidence=confidence,
+            approximate=approximate,
         )
 
     @property
@@ -92,9 +96,10 @@ class NoiseScaleEstimate:
         """One line for people."""
         if not self.num_measurements:
             return "noise scale not measured yet"
+        name = "approximate noise scale" if self.approximate else "noise scale"
         part = "" if self.coverage >= 1.0 else f", {self.coverage:.0%} of the parameters"
         return (
-            f"noise scale {format_count(self.noise_scale)} {self.unit} ({self.confidence * 100:g} % interval "
+            f"{name} {format_count(self.noise_scale)} {self.unit} ({self.confidence * 100:g} % interval "
             f"{format_count(self.lower)} to {format_count(self.upper)}; {self.num_measurements} measurements, "
             f"batch size {format_count(self.batch_size)}{part})"
         )

@@ -183,7 +183,7 @@ class GradientNoiseScale(Metric):
         self.moments, self.counts = self._folded()
         self.pending = self.pending[:0]
 
-    def estimate(self, *, probe: str = "", coverage: float = 1.0) -> NoiseScaleEstimate:
+    def estimate(self, *, probe: str = "", coverage: float = 1.0, approximate: bool = False) -> NoiseScaleEstimate:
         """Return the estimate as of the last :meth:`synchronize` or (on one rank) :meth:`compute`.
 
         Never communicates.
@@ -191,8 +191,9 @@ class GradientNoiseScale(Metric):
         Args:
             probe: Name of the probe, for the record.
             coverage: Measured share of the trainable parameters.
+            approximate: Whether the probe is only approximate.
         """
-        return self._estimate_from(self.moments, self.counts, probe=probe, coverage=coverage)
+        return self._estimate_from(self.moments, self.counts, probe=probe, coverage=coverage, approximate=approximate)
 
     @property
     def rejected(self) -> dict[Rejection, int]:
@@ -216,7 +217,7 @@ class GradientNoiseScale(Metric):
         return self.moments.new_tensor(moments.to_list()), self.counts.new_tensor(counts)
 
     def _estimate_from(
-        self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0
+        self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0, approximate: bool = False
     ) -> NoiseScaleEstimate:
         num_measurements, batch_size = counts[:2].tolist()
         return NoiseScaleEstimate.from_moments(
@@ -227,6 +228,7 @@ class GradientNoiseScale(Metric):
             unit=self.unit,
             probe=probe,
             confidence=self.confidence,
+            approximate=approximate,
         )
 
     def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:

@@ -50,6 +50,7 @@ class GradientSamples:
         grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
         grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
+        examples: Examples in this rank's optimizer step; the sum of ``sizes`` by default.
         full: Whether this was a full accumulation window of full batches; only those tell the batch size in use.
         irregular: Whether the probe saw what it cannot interpret; the step is then dropped on all ranks.
     """
@@ -60,6 +61,7 @@ class GradientSamples:
     grad_sq_norm: Tensor
     checksums: Tensor | None = None
     grad_checksums: Tensor | None = None
+    examples: float | Tensor | None = None
     full: bool = True
     irregular: bool = False
 
@@ -81,7 +83,8 @@ class GradientSamples:
         checksums = checksums.to(dtype)
         columns = (torch.ones_like(weights), self.sq_norms.to(dtype), 1.0 / sizes, weights / sizes)
         per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksums.square()), dim=1)
-        totals = torch.stack((sizes.sum(), self.grad_sq_norm.to(dtype)))
+        examples = sizes.sum() if self.examples is None else torch.as_tensor(self.examples, dtype=dtype).to(device)
+        totals = torch.stack((examples, self.grad_sq_norm.to(dtype)))
         grad_checksums = grad_checksums.to(dtype)
         return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, grad_checksums.square()))
 

@@ -46,7 +46,7 @@ def summary_table(
     if estimate.num_measurements:
         level = f"{estimate.confidence * 100:g} % interval"
         rows += [
-            ("noise scale", f"{format_count(estimate.noise_scale)} {unit}"),
+            ("noise scale", f"{format_count(estimate.noise_scale)} {unit}{' (approximate)' * estimate.approximate}"),
             (level, f"{format_count(estimate.lower)} to {format_count(estimate.upper)} {unit}"),
             ("|G|²", f"{estimate.grad_sq_norm:.4g}"),
             ("tr(Σ)", f"{estimate.cov_trace:.4g}"),

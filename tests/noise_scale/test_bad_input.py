@@ -27,7 +27,9 @@ def test_ema_decay(decay):
 
 
 def test_unknown_probe():
-    with pytest.raises(ValueError, match=r"`probe` must be one of \['auto', 'micro_batch'\], got 'micro'"):
+    with pytest.raises(
+        ValueError, match=r"`probe` must be one of \['auto', 'micro_batch', 'consecutive'\], got 'micro'"
+    ):
         GradientNoiseScaleCallback("micro")
 
 
@@ -58,20 +60,21 @@ def test_arguments_after_the_first_are_keywords():
         GradientNoiseScaleCallback("auto", 5)
 
 
-def refuse(match, model=None, data=None, error=ValueError, callbacks=(), **settings):
+def refuse(match, model=None, data=None, error=ValueError, callbacks=(), probe="auto", **settings):
     """Fit, and expect the error before any weight changed."""
     model = model or DigitsMLP(lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
     settings = QUIET | {"max_steps": 4, "accumulate_grad_batches": 2} | settings
-    trainer = L.Trainer(callbacks=[GradientNoiseScaleCallback(), *callbacks], **settings)
+    trainer = L.Trainer(callbacks=[GradientNoiseScaleCallback(probe), *callbacks], **settings)
     with pytest.raises(error, match=match) as caught:
         trainer.fit(model, data or loader(digits()))
     assert "\n" not in str(caught.value)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-def test_one_device_without_accumulation():
-    refuse(r"has one batch size only; set `Trainer\(accumulate_grad_batches=2\)` or more", accumulate_grad_batches=1)
+def test_micro_batches_on_one_device_without_accumulation():
+    sentence = r"has one batch size only; set `Trainer\(accumulate_grad_batches=2\)` or more"
+    refuse(sentence, probe="micro_batch", accumulate_grad_batches=1)
 
 
 def test_manual_optimization():

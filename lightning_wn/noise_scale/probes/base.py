@@ -5,25 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_wn.noise_scale.samples import GradientSamples
 
 
 class Probe(Protocol):
-    """Collects the gradient samples of one optimizer step while the ordinary backward passes run.
+    """Collects the gradient samples of one optimizer step while the ordinary passes run.
 
-    The callback calls, for each step that is measured, ``begin`` once, then ``before_backward`` and
-    ``after_backward`` around every backward pass, then ``finish`` once the optimizer's gradient is
-    complete; ``detach`` may come at any time and leaves nothing behind.
+    The callback calls ``require_readable`` before training, and then, for each step that is measured,
+    ``begin`` once, ``before_forward``, ``before_backward`` and ``after_backward`` for every micro-batch, and
+    ``finish`` once the optimizer's gradient is complete. ``detach`` may come at any time and leaves nothing
+    behind.
     """
 
     name: ClassVar[str]
     default_every_n_steps: ClassVar[int]
     """Cadence at which measuring adds about 1 % or less to training time."""
+    approximate: ClassVar[str]
+    """Why the estimate is approximate, in a sentence; empty for exact probes."""
 
-    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Start a step over these parameters; whatever was collected before is forgotten."""
+    @property
+    def coverage(self) -> float:
+        """Measured share of the trainable parameters' elements."""
+
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ValueError, with a sentence that names the fix, where this probe would not be right."""
+
+    def is_due(self, step: int, every_n_steps: int) -> bool:
+        """Whether this optimizer step takes part in a measurement, at one measurement in so many steps."""
+
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Start an optimizer step over these parameters; an unfinished one is forgotten."""
+
+    def before_forward(self) -> None:
+        """A micro-batch starts its forward pass."""
 
     def before_backward(self) -> None:
         """A backward pass starts."""
@@ -32,7 +49,7 @@ class Probe(Protocol):
         """A backward pass ended, of a loss that is a mean over ``size`` and was multiplied by ``weight``."""
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
-        """Read the optimizer's gradient and return the samples, or None if there was no backward pass."""
+        """Read the optimizer's gradient and return the samples, or None if there is nothing to measure."""
 
     def detach(self) -> None:
         """Remove all hooks and forget the step."""

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_wn.noise_scale.run_facts import largest_accumulation
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -29,6 +31,8 @@ class MicroBatchProbe:
 
     name: ClassVar[str] = "micro_batch"
     default_every_n_steps: ClassVar[int] = 10
+    approximate: ClassVar[str] = ""
+    coverage: float = 1.0
 
     def __init__(self) -> None:
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -41,7 +45,30 @@ class MicroBatchProbe:
         self._checks: list[tuple[int, Tensor]] = []
         self._forget_step()
 
-    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ValueError unless an optimizer step has two independent micro-batches."""
+        if trainer.world_size * largest_accumulation(trainer) < 2:
+            raise ValueError(
+                "`probe='micro_batch'` compares gradients over few and over many examples, and one device without "
+                "gradient accumulation has one batch size only; set `Trainer(accumulate_grad_batches=2)` or more (4 is "
+                "a good choice, with a loader batch size a quarter as large), train with DDP on two or more ranks, or "
+                "use `probe='auto'`."
+            )
+        # Lightning turns every batch norm into SyncBatchNorm only later, when it wraps the model
+        will_sync = getattr(trainer.strategy, "_layer_sync", None) is not None
+        synced = (nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm) if will_sync else (nn.SyncBatchNorm,)
+        for name, module in pl_module.named_modules():
+            if trainer.world_size > 1 and isinstance(module, synced):
+                raise ValueError(
+                    f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
+                    "examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch statistics."
+                )
+
+    def is_due(self, step: int, every_n_steps: int) -> bool:
+        """Whether this optimizer step is measured."""
+        return step % every_n_steps == 0
+
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Start a step; hooks are set anew only where the parameters changed."""
         parameters = tuple(parameters)
         same = len(parameters) == len(self._parameters) and all(
@@ -56,6 +83,9 @@ class MicroBatchProbe:
                 handle = parameter.register_hook(self._hook(index, parameter))  # type: ignore[no-untyped-call]  # torch's
                 self._handles.append(handle)
         self._forget_step()
+
+    def before_forward(self) -> None:
+        """Nothing to do: the hooks see backward passes only."""
 
     def before_backward(self) -> None:
         """Record what the hooks see from here on."""

@@ -1,0 +1,146 @@
+"""Probe: one gradient sample is one optimizer step's gradient, beside the one before it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
+from lightning_wn.noise_scale.samples import GradientSamples
+
+
+class ConsecutiveProbe:
+    """Compares each optimizer step's gradient with a kept copy of the last one.
+
+    It needs no second micro-batch and no per-example gradients, so it works on one device without
+    accumulation for any layer, BatchNorm included, at the price of one gradient's memory. The parameters
+    move between the two steps, which lowers the product of the two mean gradients: |G|² comes out too small
+    and the noise scale too large, the more so the larger the learning rate. Estimates are approximate.
+
+    With every optimizer step measured, successive pairs share a gradient; otherwise pairs are separate.
+    """
+
+    name: ClassVar[str] = "consecutive"
+    default_every_n_steps: ClassVar[int] = 10
+    approximate: ClassVar[str] = (
+        "it compares gradients of two successive optimizer steps, and the parameters move between them; "
+        "`Trainer(accumulate_grad_batches=2)` or more is exact"
+    )
+    coverage: float = 1.0
+
+    def __init__(self) -> None:
+        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._step = -1
+        self._size: float | Tensor = 0.0
+        self._weight = 0.0
+        self._last: _Kept | None = None
+        self._ends_pair = False
+
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ValueError on several devices, where exact probes exist."""
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"`probe='consecutive'` is for one device, and this run has {trainer.world_size} ranks, whose "
+                "gradients are exact samples; use `probe='auto'`."
+            )
+
+    def is_due(self, step: int, every_n_steps: int) -> bool:
+        """Whether this optimizer step's gradient is kept or compared."""
+        return step % every_n_steps in (0, 1 % every_n_steps)
+
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Start a step; a kept gradient of another step or of other parameters is dropped."""
+        parameters = tuple(parameters)
+        unchanged = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
+        # beyond a cadence of one, pairs are separate
+        starts_pair = every_n_steps > 1 and step % every_n_steps == 0
+        if starts_pair or step != self._step + 1 or not unchanged:
+            self._last = None
+        self._ends_pair = every_n_steps > 1 and not starts_pair
+        self._parameters = parameters
+        self._step = step
+        self._size, self._weight = 0.0, 0.0
+
+    def before_forward(self) -> None:
+        """Nothing to do: all is read at the end of the step."""
+
+    def before_backward(self) -> None:
+        """Nothing to do: all is read at the end of the step."""
+
+    def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
+        """Add the examples of one micro-batch."""
+        self._size = self._size + size
+        self._weight += weight
+
+    def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
+        """Compare with the kept gradient, if it is the last step's, and keep this one."""
+        if not self._weight:
+            return None
+        device = self._parameters[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        factor = 1.0 / self._weight
+        scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+        present = [p.grad is not None for p in self._parameters]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        sq_norm = _sq_norm(gradients, device, dtype) * scale.square()
+        samples = None
+        if self._last is not None and self._last.present == present:
+            last = self._last
+            # the kept copy becomes the sum of both, which takes no further memory
+            for kept, gradient in zip(last.gradients, gradients, strict=True):
+                kept.mul_(last.scale.to(kept)).add_(gradient * scale.to(gradient))
+            samples = GradientSamples(
+                sq_norms=torch.stack((last.sq_norm, sq_norm)),
+                sizes=_both(last.size, self._size, device, dtype),
+                weights=(1.0, 1.0),
+                grad_sq_norm=_sq_norm(last.gradients, device, dtype) / 4,
+                examples=self._size,
+                full=full,
+            )
+        self._last = None if self._ends_pair else self._keep(gradients, present, scale, sq_norm)
+        return samples
+
+    def detach(self) -> None:
+        """Forget the kept gradient and the step."""
+        self._parameters = ()
+        self._last = None
+        self._step = -1
+
+    def _keep(self, gradients: list[Tensor], present: list[bool], scale: Tensor, sq_norm: Tensor) -> _Kept:
+        if self._last is not None and self._last.present == present:
+            copies = self._last.gradients
+            for copy, gradient in zip(copies, gradients, strict=True):
+                copy.copy_(gradient)
+        else:
+            copies = [gradient.detach().clone() for gradient in gradients]
+        return _Kept(copies, present, scale, sq_norm, self._size)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The last step's gradient as the optimizer held it; ``scale`` makes it the mean gradient."""
+
+    gradients: list[Tensor]
+    present: list[bool]
+    scale: Tensor
+    sq_norm: Tensor
+    size: float | Tensor
+
+
+def _sq_norm(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    norms = foreach_norms(tensors)
+    return torch.stack(norms).to(dtype).square().sum() if norms else torch.zeros((), device=device, dtype=dtype)
+
+
+def _both(
+    last: float | Tensor, this: float | Tensor, device: torch.device, dtype: torch.dtype
+) -> Sequence[float] | Tensor:
+    if isinstance(last, Tensor) or isinstance(this, Tensor):
+        return torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in (last, this)])
+    return (last, this)
