@@ -69,6 +69,11 @@ class BatchSizeAdvice:
             lines += [self._suggestion(), self._smaller_micro_batch(), self._doubt()]
         else:
             lines += ["No advice on the batch size: |G|² is not above zero yet; measure more steps.", self._at_least()]
+        if estimate.approximate:
+            lines.append(
+                "Approximate: it compares successive steps, and a large learning rate makes the noise scale look larger "
+                "or infinite; `Trainer(accumulate_grad_batches=2)` or more, with a smaller loader batch, measures exactly."
+            )
         return "\n".join(line for line in lines if line)
 
     def _suggestion(self) -> str:
