@@ -71,8 +71,8 @@ class BatchSizeAdvice:
             lines += ["No advice on the batch size: |G|² is not above zero yet; measure more steps.", self._at_least()]
         if estimate.approximate:
             lines.append(
-                "Approximate: it compares successive steps, and a large learning rate makes the noise scale look larger "
-                "or infinite; `Trainer(accumulate_grad_batches=2)` or more, with a smaller loader batch, measures exactly."
+                "Approximate: it compares successive steps, and a large learning rate makes the noise scale look "
+                "larger or infinite; `Trainer(accumulate_grad_batches=2)` or more measures exactly."
             )
         return "\n".join(line for line in lines if line)
 

@@ -320,15 +320,7 @@ class GradientNoiseScaleCallback(Callback):
         if step == self._last_logged_step or not estimate.num_measurements:
             return
         self._last_logged_step = step
-        values = {
-            "noise_scale": estimate.noise_scale,
-            "noise_scale_lower": estimate.lower,
-            "noise_scale_upper": estimate.upper,
-            "grad_sq_norm": estimate.grad_sq_norm,
-            "cov_trace": estimate.cov_trace,
-            "batch_size": estimate.batch_size,
-            "suggested_batch_size": self.advise().suggested_batch_size,
-        }
+        values = estimate.to_metrics() | {"suggested_batch_size": self.advise().suggested_batch_size}
         if estimate.coverage < 1.0:
             values["coverage"] = estimate.coverage
         values = {f"{self.prefix}/{key}": value for key, value in values.items()}

@@ -87,6 +87,17 @@ class NoiseScaleEstimate:
             approximate=approximate,
         )
 
+    def to_metrics(self) -> dict[str, float]:
+        """Return what loggers get, by the last part of its key."""
+        return {
+            "noise_scale": self.noise_scale,
+            "noise_scale_lower": self.lower,
+            "noise_scale_upper": self.upper,
+            "grad_sq_norm": self.grad_sq_norm,
+            "cov_trace": self.cov_trace,
+            "batch_size": self.batch_size,
+        }
+
     @property
     def is_resolved(self) -> bool:
         """Whether |G|² can be told from zero, so that the interval has a finite upper end."""

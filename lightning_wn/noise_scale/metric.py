@@ -153,15 +153,7 @@ class GradientNoiseScale(Metric):
         moments, counts = self._folded()
         if not self._is_synced:
             self.moments, self.counts, self.pending = moments, counts, self.pending[:0]
-        estimate = self._estimate_from(moments, counts)
-        values = {
-            "noise_scale": estimate.noise_scale,
-            "noise_scale_lower": estimate.lower,
-            "noise_scale_upper": estimate.upper,
-            "grad_sq_norm": estimate.grad_sq_norm,
-            "cov_trace": estimate.cov_trace,
-            "batch_size": estimate.batch_size,
-        }
+        values = self._estimate_from(moments, counts).to_metrics()
         return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
 
     def synchronize(self, *, across_ranks: bool | None = None) -> None:
