@@ -3,6 +3,7 @@
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.noise_scale.measure import measure_noise_scale
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, fold_weight_norm
 
@@ -14,4 +15,5 @@ __all__ = [
     "WeightNormCallback",
     "apply_weight_norm",
     "fold_weight_norm",
+    "measure_noise_scale",
 ]

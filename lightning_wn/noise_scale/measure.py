@@ -1,0 +1,187 @@
+"""The noise scale at fixed weights, without training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+
+from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.noise_scale.metric import GradientNoiseScale
+from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
+from lightning_wn.noise_scale.samples import GradientSamples
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def measure_noise_scale(
+    model: nn.Module,
+    data: Iterable[Any] | LightningDataModule,
+    loss_fn: LossFn | None = None,
+    *,
+    relative_error: float = 0.1,
+    max_batches: int = 10_000,
+    samples_per_measurement: int = 4,
+    confidence: float = 0.95,
+    batch_size_fn: BatchSizeFn | None = None,
+    unit: str = "examples",
+) -> NoiseScaleEstimate:
+    """Measure the gradient noise scale of a model as it is: fresh, or from a checkpoint.
+
+    Each batch of ``data`` gives one gradient sample, and ``samples_per_measurement`` of them one measurement
+    of |G|² and tr(Σ) (arXiv 1812.06162, appendix A.1). Measurements are averaged until the interval is
+    narrow enough. A copy of the model does the work, in training mode: parameters, gradients, buffers,
+    metrics and the global random state stay as they are. Takes the memory of the copy and two gradients.
+
+    Args:
+        model: A LightningModule, or any module with a ``loss_fn``.
+        data: Batches, best shuffled and small (32 or so); begun anew when it ends, if it can be.
+        loss_fn: From the model and a batch to the mean loss of the batch. By default
+            ``model.training_step(batch, batch_idx)`` of a LightningModule.
+        relative_error: Stop when half the interval's width is this share of the noise scale or less.
+        max_batches: Stop after so many batches at the latest.
+        samples_per_measurement: Batches per measurement, 2 or more; fewer where a pass over the data ends.
+        confidence: Level of the interval, in (0, 1).
+        batch_size_fn: From a batch to the number of examples that its loss is a mean over.
+        unit: The name of what is counted.
+
+    Returns:
+        The estimate; ``batch_size`` is that of a batch of ``data``, and the interval says whether ``relative_error`` was reached.
+
+    Raises:
+        ValueError: For arguments out of range, a model without loss, no trainable parameters, data that gives
+            fewer batches than one measurement takes, or a batch whose size cannot be inferred.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> _ = torch.manual_seed(0)
+        >>> data = DataLoader(TensorDataset(torch.randn(512, 4), torch.randn(512, 1)), 16, shuffle=True)
+        >>> estimate = measure_noise_scale(
+        ...     nn.Linear(4, 1), data, lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
+        ... )
+        >>> estimate.lower < estimate.noise_scale < estimate.upper
+        True
+    """
+    if not 0.0 < relative_error < math.inf:
+        raise ValueError(f"`relative_error` must be a positive number, got {relative_error!r}; 0.1 is ten percent.")
+    if samples_per_measurement < 2:
+        raise ValueError(
+            f"`samples_per_measurement` must be 2 or more, got {samples_per_measurement!r}: one gradient alone does "
+            "not tell the mean from the noise."
+        )
+    if loss_fn is None and not isinstance(model, LightningModule):
+        raise ValueError(
+            f"`loss_fn` is needed for a {type(model).__name__}, which is no LightningModule; pass a function from the "
+            "model and a batch to the mean loss."
+        )
+    metric = GradientNoiseScale(ema_decay=1.0, confidence=confidence, unit=unit)
+    copied = _copy_without_trainer(model).train()
+    parameters = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("`model` has no parameter with `requires_grad=True`; unfreeze what is to be measured.")
+
+    device = parameters[0].device
+    count = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        for window in _windows(data, samples_per_measurement, max_batches):
+            samples = _Samples(parameters)
+            for batch in window:
+                size = count_examples(batch, batch_size_fn)
+                samples.add(_loss(copied, move_data_to_device(batch, device), count, loss_fn), size)
+                count += 1
+            metric.add_samples(samples.finish())
+            metric.synchronize(across_ranks=False)
+            estimate = metric.estimate()
+            if (estimate.upper - estimate.lower) / 2 <= relative_error * estimate.noise_scale < math.inf:
+                break
+    estimate = metric.estimate(probe="micro_batch")
+    if not estimate.num_measurements:
+        raise ValueError(
+            f"`data` gave {count} batches, none of two or more with finite gradients; pass more or smaller batches, "
+            "and a loss that is finite."
+        )
+    return estimate
+
+
+class _Samples:
+    """Gradient samples of one measurement: their norms, and the running sum of the gradients."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.sizes: list[float | Tensor] = []
+        self.sq_norms: list[Tensor] = []
+        self.sum: list[Tensor] | None = None
+
+    def add(self, loss: Tensor, size: float | Tensor) -> None:
+        gradients = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(
+                self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
+            )
+        ]
+        self.sq_norms.append(_sq_norm(gradients))
+        self.sizes.append(size)
+        if self.sum is None:
+            self.sum = [gradient.clone() for gradient in gradients]
+        else:
+            torch._foreach_add_(self.sum, gradients)
+
+    def finish(self) -> GradientSamples:
+        assert self.sum is not None
+        count = len(self.sizes)
+        sizes = [torch.as_tensor(size, dtype=torch.float64) for size in self.sizes]
+        return GradientSamples(
+            sq_norms=torch.stack(self.sq_norms),
+            sizes=torch.stack([size.to(self.sq_norms[0].device) for size in sizes]),
+            weights=[1.0] * count,
+            grad_sq_norm=_sq_norm(self.sum) / count**2,
+            examples=self.sizes[0],
+        )
+
+
+def _sq_norm(gradients: list[Tensor]) -> Tensor:
+    return torch.stack([norm.double() for norm in foreach_norms(gradients)]).square().sum()
+
+
+def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
+    output: Any = model.training_step(batch, index) if loss_fn is None else loss_fn(model, batch)  # type: ignore[operator]  # checked
+    loss = output["loss"] if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"The loss of a batch must be one number, got {type(loss).__name__} from "
+            f"{'`training_step`' if loss_fn is None else '`loss_fn`'}; return the mean over the batch."
+        )
+    return loss
+
+
+def _windows(data: Iterable[Any] | LightningDataModule, length: int, limit: int) -> Iterator[list[Any]]:
+    """Yield lists of ``length`` batches, shorter ones where a pass over the data or the limit ends."""
+    loader: Any = data
+    if isinstance(data, LightningDataModule):
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.train_dataloader()
+    left = limit
+    while left > 0:
+        before = left
+        batches = islice(loader, left)
+        # two batches of different passes may share examples, and two of one pass do not: never mix them
+        while window := list(islice(batches, length)):
+            left -= len(window)
+            yield window
+        if left == before:  # a generator ends once
+            return
+
+
+def _copy_without_trainer(model: nn.Module) -> nn.Module:
+    """Copy the model, but not the Trainer that a LightningModule may be attached to."""
+    memo = {id(trainer): None for trainer in [getattr(model, "_trainer", None)] if trainer is not None}
+    return copy.deepcopy(model, memo)
