@@ -54,7 +54,8 @@ def measure_noise_scale(
         unit: The name of what is counted.
 
     Returns:
-        The estimate; ``batch_size`` is that of a batch of ``data``, and the interval says whether ``relative_error`` was reached.
+        The estimate; ``batch_size`` is that of a batch of ``data``. The interval says whether
+        ``relative_error`` was reached.
 
     Raises:
         ValueError: For arguments out of range, a model without loss, no trainable parameters, data that gives
