@@ -194,12 +194,12 @@ class GradientNoiseScaleCallback(Callback):
                 self._configuration = configuration_of(trainer)
         if self._measuring:
             self._batch_examples = count_examples(batch, self.batch_size_fn)
-            self._probe.before_forward()
+            self._probe.before_forward(self._batch_examples)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the probe record this backward pass."""
         if self._measuring:
-            self._probe.before_backward()
+            self._probe.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the micro-batch's gradient sample."""

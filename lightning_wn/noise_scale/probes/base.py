@@ -39,11 +39,11 @@ class Probe(Protocol):
     def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Start an optimizer step over these parameters; an unfinished one is forgotten."""
 
-    def before_forward(self) -> None:
-        """A micro-batch starts its forward pass."""
+    def before_forward(self, size: float | Tensor) -> None:
+        """A micro-batch of ``size`` examples starts its forward pass."""
 
-    def before_backward(self) -> None:
-        """A backward pass starts."""
+    def before_backward(self, loss: Tensor) -> None:
+        """The backward pass of this loss, as it is differentiated, starts."""
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """A backward pass ended, of a loss that is a mean over ``size`` and was multiplied by ``weight``."""

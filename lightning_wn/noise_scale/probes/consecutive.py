@@ -67,10 +67,10 @@ class ConsecutiveProbe:
         self._step = step
         self._size, self._weight = 0.0, 0.0
 
-    def before_forward(self) -> None:
+    def before_forward(self, size: float | Tensor) -> None:
         """Nothing to do: all is read at the end of the step."""
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: Tensor | None = None) -> None:
         """Nothing to do: all is read at the end of the step."""
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:

@@ -84,10 +84,10 @@ class MicroBatchProbe:
                 self._handles.append(handle)
         self._forget_step()
 
-    def before_forward(self) -> None:
+    def before_forward(self, size: float | Tensor) -> None:
         """Nothing to do: the hooks see backward passes only."""
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: Tensor | None = None) -> None:
         """Record what the hooks see from here on."""
         self._forget_backward()
         self._recording = True
