@@ -29,8 +29,8 @@ PROBES = {MicroBatchProbe.name: MicroBatchProbe}
 _DEFAULT_EMA_DECAY = 0.99
 _SYNC_STEPS_WITHOUT_LOGGING = 50
 
-# moments and counts of the metric, accumulation, ranks, cadence
-_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 3
+# moments and counts of the metric, cadence
+_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 1
 
 
 class GradientNoiseScaleCallback(Callback):
@@ -110,6 +110,7 @@ class GradientNoiseScaleCallback(Callback):
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
         self._batch_examples: float | Tensor = math.nan
+        self._first_batch_examples: float | Tensor = math.nan
         self._start_afresh()
 
     # ------------------------------------------------------------------ what users ask
@@ -125,7 +126,10 @@ class GradientNoiseScaleCallback(Callback):
     def advise(self) -> BatchSizeAdvice:
         """Return a batch size to try, with what it would change; as of the last synchronisation."""
         estimate = self.estimate()
-        return advise_batch_size(estimate, self._configuration)
+        # of the step that the batch size is of, whatever the Trainer's factor has become since
+        samples, ranks = self._metric.samples_and_ranks
+        run = RunConfiguration(accumulate_grad_batches=samples // ranks, num_ranks=ranks) if ranks else None
+        return advise_batch_size(estimate, run or RunConfiguration())
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
@@ -183,7 +187,6 @@ class GradientNoiseScaleCallback(Callback):
         low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in _trainable_parameters(trainer))
         # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
         self._metric.checksum_tolerance = 0.05 if low_precision else 0.01
-        self._configuration = _configuration_of(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
@@ -193,9 +196,10 @@ class GradientNoiseScaleCallback(Callback):
             if self._measuring:
                 self._probe.begin(_trainable_parameters(trainer))
                 self._num_micro_batches = 0
-                self._configuration = _configuration_of(trainer)
         if self._measuring:
             self._batch_examples = count_examples(batch, self.batch_size_fn)
+            if not self._num_micro_batches:
+                self._first_batch_examples = self._batch_examples
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the probe record this backward pass."""
@@ -219,8 +223,11 @@ class GradientNoiseScaleCallback(Callback):
         # a fused optimizer unscales within its step: here its gradients are still scaled
         still_scaled = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)
         grad_scale = _loss_scale(trainer, pl_module.device) if still_scaled else None
-        # the last batch of an epoch may be short
-        full = self._num_micro_batches == trainer.accumulate_grad_batches and not trainer.is_last_batch
+        # the last batch of an epoch may be short; a count on the device is not read
+        size, first = self._batch_examples, self._first_batch_examples
+        unequal = isinstance(size, Tensor) or isinstance(first, Tensor) or size != first
+        short = trainer.is_last_batch and unequal
+        full = self._num_micro_batches == trainer.accumulate_grad_batches and not short
         samples = self._probe.finish(grad_scale, full=full)
         if samples is not None:
             self._metric.add_samples(samples)
@@ -291,7 +298,6 @@ class GradientNoiseScaleCallback(Callback):
     def _start_afresh(self) -> None:
         self._probe = PROBES[MicroBatchProbe.name if self.probe == "auto" else self.probe]()
         self._metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
-        self._configuration = RunConfiguration()
         self._every_n_steps = self.every_n_steps or self._probe.default_every_n_steps
         self._restored_every_n_steps = None
         self._measuring = False
@@ -332,16 +338,7 @@ class GradientNoiseScaleCallback(Callback):
             logger.log_metrics(values, step=step)
 
     def _post_mail(self) -> None:
-        run = self._configuration
-        self._mailbox.post(
-            [
-                *self._metric.moments.tolist(),
-                *self._metric.counts.tolist(),
-                run.accumulate_grad_batches,
-                run.num_ranks,
-                self._every_n_steps,
-            ]
-        )
+        self._mailbox.post([*self._metric.moments.tolist(), *self._metric.counts.tolist(), self._every_n_steps])
 
     def _collect_mail(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
@@ -351,9 +348,8 @@ class GradientNoiseScaleCallback(Callback):
         num_moments = len(self._metric.moments)
         self._metric.reset()
         self._metric.moments = torch.tensor(mail[:num_moments], dtype=torch.float64)
-        self._metric.counts = torch.tensor(mail[num_moments:-3], dtype=torch.float64)
-        accumulate_grad_batches, num_ranks, self._every_n_steps = map(int, mail[-3:])
-        self._configuration = RunConfiguration(accumulate_grad_batches=accumulate_grad_batches, num_ranks=num_ranks)
+        self._metric.counts = torch.tensor(mail[num_moments:-1], dtype=torch.float64)
+        self._every_n_steps = int(mail[-1])
 
 
 def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, half_life_steps: float | None) -> None:
@@ -392,10 +388,6 @@ def _require_readable_layers(trainer: Trainer, pl_module: LightningModule) -> No
                 f"`GradientNoiseScaleCallback` cannot read sparse gradients, and {name!r} was built with "
                 "`sparse=True`; build it with `sparse=False`."
             )
-
-
-def _configuration_of(trainer: Trainer) -> RunConfiguration:
-    return RunConfiguration(accumulate_grad_batches=trainer.accumulate_grad_batches, num_ranks=trainer.world_size)
 
 
 def _trainable_parameters(trainer: Trainer) -> list[nn.Parameter]:

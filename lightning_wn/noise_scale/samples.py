@@ -94,12 +94,16 @@ class Measurement:
         grad_sq_norm: One step's estimate of |G|²; unbiased, very noisy, often negative.
         cov_trace: One step's estimate of tr(Σ); unbiased, never negative.
         examples: Examples in the optimizer step, over all ranks.
+        samples: Gradient samples in it, over all ranks.
+        ranks: Ranks.
         full: Whether the accumulation windows were full on all ranks.
     """
 
     grad_sq_norm: float
     cov_trace: float
     examples: float
+    samples: int
+    ranks: int
     full: bool
 
 
@@ -139,6 +143,8 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
         grad_sq_norm=grad_sq_norm,
         cov_trace=cov_trace,
         examples=row[_EXAMPLES],
+        samples=round(row[_COUNT]),
+        ranks=round(ranks),
         full=row[_FULL] == ranks,
     )
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
+from lightning_wn.batch_size.advice import RunConfiguration
 from lightning_wn.noise_scale.samples import Rejection
 
 
@@ -87,6 +89,29 @@ class TestTruth:
         # two designs: be content with the wider one's error
         assert_true_within(callback, per_example_gradients(model, data), [[32] * 2] * 4)
         assert callback.advise().configuration.accumulate_grad_batches == 4
+
+    def test_batch_size_of_windows_that_end_with_the_epoch(self):
+        """One window an epoch is a full one, for its last batch is not short."""
+        scheduler = GradientAccumulationScheduler({0: 4, 2: 8})
+        callback, _ = measure(
+            DigitsMLP(), loader(digits(256)), 1, steps=-1, callbacks=[scheduler], trainer_args={"max_epochs": 4}
+        )
+        assert callback.estimate().batch_size == 256
+        assert callback.advise().suggested_batch_size % 32 == 0
+
+    def test_batch_size_leaves_out_a_short_last_batch(self):
+        """6 batches an epoch, the last of 16: windows of 64, 64 and 48."""
+        callback, _ = measure(DigitsMLP(), loader(digits(176), drop_last=False), accumulate=2, steps=6)
+        assert callback.estimate().batch_size == 64
+
+    def test_advice_speaks_of_the_step_that_was_measured(self):
+        """StochasticWeightAveraging accumulates over a whole last epoch, to no step, for the batch norms."""
+        model = DigitsMLP()
+        model.net.insert(1, nn.BatchNorm1d(32))
+        averaging = StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+        settings = {"max_epochs": 3}
+        callback, _ = measure(model, loader(digits(256)), steps=-1, callbacks=[averaging], trainer_args=settings)
+        assert callback.advise().configuration == RunConfiguration(accumulate_grad_batches=4, num_ranks=1)
 
     def test_tokens_counted_by_a_function(self):
         """Counting half the examples as the unit halves tr(Σ) and leaves |G|²."""
@@ -260,6 +285,22 @@ class TestLifeCycle:
             trainer = L.Trainer(callbacks=[callback], **QUIET, max_steps=20, accumulate_grad_batches=2)
             trainer.fit(DigitsMLP(), loader(digits()), ckpt_path=tmp_path / "last.ckpt")
             assert callback._every_n_steps == expected
+
+    def test_advice_from_a_checkpoint_alone(self, tmp_path):
+        """A new process that only validates knows the run that was measured."""
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        settings = {"enable_checkpointing": True}
+        callback, _ = measure(DigitsMLP(), loader(digits()), steps=20, callbacks=[saver], trainer_args=settings)
+
+        class Model(DigitsMLP):
+            def validation_step(self, batch, batch_idx):
+                self.log("loss", self.training_step(batch, batch_idx))
+
+        later = GradientNoiseScaleCallback()
+        validation = DataLoader(digits(64), 32)
+        L.Trainer(callbacks=[later], **QUIET).validate(Model(), validation, tmp_path / "last.ckpt", verbose=False)
+        assert later.advise().configuration == callback.advise().configuration
+        assert later.advise().suggested_batch_size == callback.advise().suggested_batch_size
 
     def test_fit_after_a_failed_fit_measures_the_same(self):
         callback = GradientNoiseScaleCallback(every_n_steps=1, ema_decay=1.0)
