@@ -133,6 +133,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
+        self._mailbox.collect()
         self._metric.reset()
         self._last_logged_step = -1
 
@@ -274,6 +275,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; synchronises first unless the run was interrupted."""
+        self._collect_mail()
         trainer = self._trainer
         if trainer is not None:
             # after an exception a rank may be gone, and waiting for it would lose the checkpoint
@@ -296,6 +298,7 @@ class GradientNoiseScaleCallback(Callback):
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self) -> None:
+        self._mailbox.collect()
         self._probe = PROBES[MicroBatchProbe.name if self.probe == "auto" else self.probe]()
         self._metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
         self._every_n_steps = self.every_n_steps or self._probe.default_every_n_steps

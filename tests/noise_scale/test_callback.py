@@ -371,6 +371,27 @@ class TestLifeCycle:
         assert callback.estimate().num_measurements == 0
         assert math.isnan(callback.estimate().noise_scale)
 
+    def test_result_of_earlier_workers_is_forgotten(self):
+        """A spawned fit whose estimate nobody asked for must not come up in a later fit or after a reset."""
+
+        def leave_mail(callback):
+            measured, _ = measure(DigitsMLP(), loader(digits()), steps=7)
+            measured._post_mail()
+            callback._mailbox._shared.copy_(measured._mailbox._shared)
+
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        leave_mail(callback)
+        assert callback.estimate().num_measurements == 7
+        settings = QUIET | {"max_steps": 20, "accumulate_grad_batches": 2, "log_every_n_steps": 5}
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        leave_mail(callback)
+        L.Trainer(callbacks=[callback], **settings).fit(DigitsMLP(), loader(digits()))
+        assert callback.estimate().num_measurements == 20
+        callback = GradientNoiseScaleCallback()
+        leave_mail(callback)
+        callback.reset()
+        assert callback.estimate().num_measurements == 0
+
 
 class ListLogger(Logger):
     """Keeps what it is given."""
