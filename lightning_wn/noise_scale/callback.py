@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, Literal
 
@@ -262,7 +263,11 @@ class GradientNoiseScaleCallback(Callback):
         self._trainer = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind: the next fit would count every norm twice."""
+        """Leave no hook behind, and on one device keep what was measured since the last synchronisation."""
+        # Lightning calls the callbacks that save checkpoints after this one
+        if self._trainer is not None and trainer.world_size == 1:
+            with contextlib.suppress(RuntimeError):  # a broken device; its own error must come through
+                self._synchronize(trainer)
         self._measuring = False
         self._probe.detach()
         self._trainer = None

@@ -334,7 +334,8 @@ class TestLifeCycle:
         assert callback.estimate().num_measurements == 8
         assert 0.6 < callback.estimate().cov_trace / callback_2.estimate().cov_trace < 1
 
-    def test_interrupted_run_saves_without_communicating(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("saver_first", [True, False])
+    def test_interrupted_run_saves_without_communicating(self, tmp_path, monkeypatch, saver_first):
         """Another rank may be dead: waiting for it would lose the checkpoint."""
         calls = []
         original = GradientNoiseScaleCallback._synchronize
@@ -348,13 +349,33 @@ class TestLifeCycle:
                 monkeypatch.setattr(type(trainer.strategy), "world_size", 2, raising=False)
                 monkeypatch.setattr(L.Trainer, "world_size", 2)
 
-        saver = OnExceptionCheckpoint(tmp_path)
+        class Save(L.Callback):  # Lightning moves its own savers behind all other callbacks
+            def on_exception(self, trainer, pl_module, exception):
+                trainer.save_checkpoint(tmp_path / "on_exception.ckpt")
+
+        callbacks = [Save(), callback] if saver_first else [OnExceptionCheckpoint(tmp_path), callback]
         settings = QUIET | {"enable_checkpointing": True, "max_steps": 20, "accumulate_grad_batches": 2}
-        trainer = L.Trainer(callbacks=[TwoRanks(), saver, callback, FailAt(9)], **settings)
+        trainer = L.Trainer(callbacks=[TwoRanks(), *callbacks, FailAt(9)], **settings)
         with pytest.raises(RuntimeError, match="failed"):
             trainer.fit(DigitsMLP(), loader(digits()))
         assert (tmp_path / "on_exception.ckpt").exists()
         assert calls == []
+
+    @pytest.mark.parametrize("saver_first", [True, False])
+    def test_interrupted_run_on_one_device_loses_nothing(self, tmp_path, saver_first):
+        class Save(L.Callback):
+            def on_exception(self, trainer, pl_module, exception):
+                trainer.save_checkpoint(tmp_path / "on_exception.ckpt")
+
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        callbacks = [Save(), callback] if saver_first else [OnExceptionCheckpoint(tmp_path), callback]
+        settings = QUIET | {"enable_checkpointing": True, "max_steps": 20, "accumulate_grad_batches": 2}
+        trainer = L.Trainer(callbacks=[*callbacks, FailAt(9)], **settings)
+        with pytest.raises(RuntimeError, match="failed"):
+            trainer.fit(DigitsMLP(), loader(digits()))
+        assert callback.estimate().num_measurements == 4
+        states = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"]
+        assert float(states[callback.state_key]["counts"][0]) == 4
 
     def test_learning_rate_finder(self):
         finder = LearningRateFinder(num_training_steps=8)
