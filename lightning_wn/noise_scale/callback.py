@@ -110,6 +110,7 @@ class GradientNoiseScaleCallback(Callback):
         self._mailbox = Mailbox(_MAIL_SIZE)
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
+        self._restores = True
         self._batch_examples: float | Tensor = math.nan
         self._first_batch_examples: float | Tensor = math.nan
         self._start_afresh()
@@ -147,6 +148,8 @@ class GradientNoiseScaleCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what is known before training, and start afresh."""
+        # `test(ckpt_path="best")` after a fit must not put an earlier estimate in the place of the last one
+        self._restores = stage == "fit" or not self.estimate().num_measurements
         if stage != "fit":
             return
         require_lightning_trainer(trainer, type(self).__name__)
@@ -294,7 +297,9 @@ class GradientNoiseScaleCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`, except where a model is only evaluated after this callback measured."""
+        if not self._restores:
+            return
         self._metric.reset()
         self._metric.moments = state_dict["moments"].clone().cpu()
         self._metric.counts = state_dict["counts"].clone().cpu()

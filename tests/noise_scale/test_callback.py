@@ -274,6 +274,14 @@ class TestLifeCycle:
         state = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
         assert any("GradientNoiseScaleCallback" in key for key in state["callbacks"])
 
+    def test_one_state_in_a_checkpoint_for_each_prefix_and_probe(self):
+        keys = {
+            GradientNoiseScaleCallback(probe, prefix=prefix).state_key
+            for probe in ("auto", "micro_batch")
+            for prefix in ("gns", "other")
+        }
+        assert len(keys) == 4
+
     def test_cadence_comes_from_the_checkpoint_unless_given(self, tmp_path):
         checkpoint = ModelCheckpoint(tmp_path, save_last=True)
         settings = {"enable_checkpointing": True, "max_steps": 12}
@@ -301,6 +309,19 @@ class TestLifeCycle:
         L.Trainer(callbacks=[later], **QUIET).validate(Model(), validation, tmp_path / "last.ckpt", verbose=False)
         assert later.advise().configuration == callback.advise().configuration
         assert later.advise().suggested_batch_size == callback.advise().suggested_batch_size
+
+    def test_evaluating_a_checkpoint_keeps_the_estimate(self, tmp_path):
+        class Model(DigitsMLP):
+            def test_step(self, batch, batch_idx):
+                self.log("loss", self.training_step(batch, batch_idx))
+
+        saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+        settings = {"enable_checkpointing": True, "max_epochs": 3}
+        model = Model()
+        callback, trainer = measure(model, loader(digits(256)), steps=-1, callbacks=[saver], trainer_args=settings)
+        estimate = callback.estimate()
+        trainer.test(model, DataLoader(digits(64), 32), tmp_path / "step=2.ckpt", verbose=False)
+        assert callback.estimate() == estimate
 
     def test_fit_after_a_failed_fit_measures_the_same(self):
         callback = GradientNoiseScaleCallback(every_n_steps=1, ema_decay=1.0)
@@ -477,6 +498,18 @@ class TestLogging:
         settings = {"enable_checkpointing": True, "log_every_n_steps": 5}
         measure(DigitsMLP(), loader(digits()), steps=30, callbacks=[checkpoint], trainer_args=settings)
         assert checkpoint.best_model_score is not None
+
+    def test_synchronises_now_and_then_without_logging(self):
+        """Otherwise the buffer would grow until the end of training."""
+        seen = []
+
+        class Watch(L.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                seen.append(trainer.callbacks[0].estimate().num_measurements)
+
+        settings = {"log_every_n_steps": 0}
+        measure(DigitsMLP(), loader(digits()), accumulate=2, steps=101, callbacks=[Watch()], trainer_args=settings)
+        assert sorted(set(seen)) == [0, 50, 100]
 
     def test_without_a_logger(self):
         callback, _ = measure(DigitsMLP(), loader(digits()), steps=10, trainer_args={"log_every_n_steps": 0})
