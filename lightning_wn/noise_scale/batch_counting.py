@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, cast
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -30,10 +32,12 @@ def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> float | Ten
     """
     if batch_size_fn is not None:
         count = batch_size_fn(batch)
-        # a count on the device is not read here: that would wait for the device
-        if not isinstance(count, Tensor) and not count > 0:
+        # the value of a count on the device is not read here: that would wait for the device
+        if isinstance(count, Tensor) and count.numel() == 1:
+            return count.detach().reshape(())
+        if not isinstance(count, Real) or not 0 < float(count) < math.inf:
             raise ValueError(f"`batch_size_fn` must return the positive number of examples of a batch, got {count!r}.")
-        return cast("float | Tensor", count)
+        return float(count)
     sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
     if len(sizes) == 1 and (size := sizes.pop()) > 0:
         return size

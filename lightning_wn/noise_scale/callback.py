@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from lightning_wn.noise_scale.mailbox import Mailbox
 from lightning_wn.noise_scale.metric import GradientNoiseScale, check_confidence, check_ema_decay
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
-    configuration_of,
     log_interval,
     loss_scale,
     require_dense_gradients,
@@ -33,8 +33,8 @@ from lightning_wn.noise_scale.summary import WARNINGS, summary_table
 _DEFAULT_EMA_DECAY = 0.99
 _SYNC_STEPS_WITHOUT_LOGGING = 50
 
-# moments and counts of the metric, accumulation, ranks, cadence, probe
-_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 4
+# moments and counts of the metric, cadence, probe
+_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 2
 
 
 class GradientNoiseScaleCallback(Callback):
@@ -74,7 +74,7 @@ class GradientNoiseScaleCallback(Callback):
     Raises:
         ValueError: For arguments out of range, and before training starts for what cannot be measured:
             a strategy other than single-device and DDP, one device without accumulation, SyncBatchNorm,
-            manual optimization, sparse gradients, no trainable parameters. At the first batch, if the
+            manual optimization, sparse gradients, no trainable parameters. At the first measured batch, if the
             number of examples cannot be inferred.
 
     Example:
@@ -113,7 +113,9 @@ class GradientNoiseScaleCallback(Callback):
         self._mailbox = Mailbox(_MAIL_SIZE)
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
+        self._restores = True
         self._batch_examples: float | Tensor = math.nan
+        self._first_batch_examples: float | Tensor = math.nan
         self._start_afresh()
 
     # ------------------------------------------------------------------ what users ask
@@ -131,10 +133,14 @@ class GradientNoiseScaleCallback(Callback):
     def advise(self) -> BatchSizeAdvice:
         """Return a batch size to try, with what it would change; as of the last synchronisation."""
         estimate = self.estimate()
-        return advise_batch_size(estimate, self._configuration)
+        # of the step that the batch size is of, whatever the Trainer's factor has become since
+        micro_batches, ranks = self._metric.micro_batches_and_ranks
+        run = RunConfiguration(accumulate_grad_batches=micro_batches // ranks, num_ranks=ranks) if ranks else None
+        return advise_batch_size(estimate, run or RunConfiguration())
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
+        self._mailbox.collect()
         self._metric.reset()
         self._last_logged_step = -1
 
@@ -147,6 +153,8 @@ class GradientNoiseScaleCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what is known before training, and start afresh."""
+        # `test(ckpt_path="best")` after a fit must not put an earlier estimate in the place of the last one
+        self._restores = stage == "fit" or not self.estimate().num_measurements
         if stage != "fit":
             return
         require_lightning_trainer(trainer, type(self).__name__)
@@ -175,7 +183,6 @@ class GradientNoiseScaleCallback(Callback):
         low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable_parameters(trainer))
         # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
         self._metric.checksum_tolerance = 0.05 if low_precision else 0.01
-        self._configuration = configuration_of(trainer)
         if self._probe.approximate:
             rank_zero_warn(
                 f"`GradientNoiseScaleCallback` measures with the probe '{self._probe.name}', which is approximate: "
@@ -191,9 +198,10 @@ class GradientNoiseScaleCallback(Callback):
                 parameters = trainable_parameters(trainer)
                 self._probe.begin(trainer.global_step, self._every_n_steps, pl_module, parameters)
                 self._num_micro_batches = 0
-                self._configuration = configuration_of(trainer)
         if self._measuring:
             self._batch_examples = count_examples(batch, self.batch_size_fn)
+            if not self._num_micro_batches:
+                self._first_batch_examples = self._batch_examples
             self._probe.before_forward(self._batch_examples)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -218,8 +226,11 @@ class GradientNoiseScaleCallback(Callback):
         # a fused optimizer unscales within its step: here its gradients are still scaled
         still_scaled = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)
         grad_scale = loss_scale(trainer, pl_module.device) if still_scaled else None
-        # the last batch of an epoch may be short
-        full = self._num_micro_batches == trainer.accumulate_grad_batches and not trainer.is_last_batch
+        # the last batch of an epoch may be short; a count on the device is not read
+        size, first = self._batch_examples, self._first_batch_examples
+        unequal = isinstance(size, Tensor) or isinstance(first, Tensor) or size != first
+        short = trainer.is_last_batch and unequal
+        full = self._num_micro_batches == trainer.accumulate_grad_batches and not short
         samples = self._probe.finish(grad_scale, full=full)
         if samples is not None:
             self._metric.add_samples(samples)
@@ -253,7 +264,11 @@ class GradientNoiseScaleCallback(Callback):
         self._trainer = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind: the next fit would count every norm twice."""
+        """Leave no hook behind, and on one device keep what was measured since the last synchronisation."""
+        # Lightning calls the callbacks that save checkpoints after this one
+        if self._trainer is not None and trainer.world_size == 1:
+            with contextlib.suppress(RuntimeError):  # a broken device; its own error must come through
+                self._synchronize(trainer)
         self._measuring = False
         self._probe.detach()
         self._trainer = None
@@ -266,6 +281,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; synchronises first unless the run was interrupted."""
+        self._collect_mail()
         trainer = self._trainer
         if trainer is not None:
             # after an exception a rank may be gone, and waiting for it would lose the checkpoint
@@ -279,7 +295,9 @@ class GradientNoiseScaleCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`, except where a model is only evaluated after this callback measured."""
+        if not self._restores:
+            return
         self._metric.reset()
         self._metric.moments = state_dict["moments"].clone().cpu()
         self._metric.counts = state_dict["counts"].clone().cpu()
@@ -288,9 +306,9 @@ class GradientNoiseScaleCallback(Callback):
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self) -> None:
+        self._mailbox.collect()
         self._probe = PROBES[MicroBatchProbe.name if self.probe == "auto" else self.probe]()
         self._metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
-        self._configuration = RunConfiguration()
         self._every_n_steps = self.every_n_steps or self._probe.default_every_n_steps
         self._restored_every_n_steps = None
         self._measuring = False
@@ -329,17 +347,9 @@ class GradientNoiseScaleCallback(Callback):
             logger.log_metrics(values, step=step)
 
     def _post_mail(self) -> None:
-        run = self._configuration
-        self._mailbox.post(
-            [
-                *self._metric.moments.tolist(),
-                *self._metric.counts.tolist(),
-                run.accumulate_grad_batches,
-                run.num_ranks,
-                self._every_n_steps,
-                list(PROBES).index(self._probe.name),
-            ]
-        )
+        probe = list(PROBES).index(self._probe.name)
+        state = [*self._metric.moments.tolist(), *self._metric.counts.tolist()]
+        self._mailbox.post([*state, self._every_n_steps, probe])
 
     def _collect_mail(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
@@ -349,10 +359,9 @@ class GradientNoiseScaleCallback(Callback):
         num_moments = len(self._metric.moments)
         self._metric.reset()
         self._metric.moments = torch.tensor(mail[:num_moments], dtype=torch.float64)
-        self._metric.counts = torch.tensor(mail[num_moments:-4], dtype=torch.float64)
-        accumulate_grad_batches, num_ranks, self._every_n_steps, probe = map(int, mail[-4:])
+        self._metric.counts = torch.tensor(mail[num_moments:-2], dtype=torch.float64)
+        self._every_n_steps, probe = map(int, mail[-2:])
         self._probe = PROBES[list(PROBES)[probe]]()
-        self._configuration = RunConfiguration(accumulate_grad_batches=accumulate_grad_batches, num_ranks=num_ranks)
 
 
 def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, half_life_steps: float | None) -> None:

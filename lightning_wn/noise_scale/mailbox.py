@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,6 +29,11 @@ class Mailbox:
         self._shared = torch.zeros(1 + size, dtype=torch.float64)
         self._shared.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._seen = 0.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Share the memory again: copying and unpickling leave it private."""
+        self.__dict__.update(state)
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def post(self, message: Sequence[float]) -> None:
         """Leave a message for the parent process."""

@@ -20,6 +20,8 @@ from lightning_wn.noise_scale.samples import (
 from lightning_wn.noise_scale.statistics import PairMoments
 
 _NUM_MOMENTS = len(PairMoments().to_list())
+# columns of the counts: measurements; the last full step's examples, micro-batches and ranks; rejected steps by reason
+_MEASUREMENTS, _EXAMPLES, _MICRO_BATCHES, _RANKS, _REJECTED = range(5)
 
 
 def _same_on_all_ranks(stacked: Tensor) -> Tensor:
@@ -40,6 +42,8 @@ class GradientNoiseScale(Metric):
     :func:`lightning_wn.noise_scale.statistics.solve_noise_scale`, are smoothed apart by a bias-corrected
     exponential moving average and divided last. Updates are buffered on their device: nothing waits for
     the device and nothing is communicated until :meth:`compute` or :meth:`synchronize`.
+
+    Saved states are as of the last :meth:`synchronize`: call it before saving a metric that is part of a model.
 
     A step with a single sample over all ranks carries no information and counts nowhere; so do steps with
     a non-finite norm on any rank, and steps whose checksums disagree.
@@ -98,8 +102,7 @@ class GradientNoiseScale(Metric):
         # on every rank alike after each synchronisation
         zeros = torch.zeros(_NUM_MOMENTS, dtype=torch.float64)
         self.add_state("moments", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
-        # measurements, examples in the last full step, rejected steps by reason
-        zeros = torch.zeros(2 + len(Rejection), dtype=torch.float64)
+        zeros = torch.zeros(_REJECTED + len(Rejection), dtype=torch.float64)
         self.add_state("counts", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
         # this rank's rows since then, shape (steps, ROW_SIZE)
         self.add_state("pending", torch.zeros(0, ROW_SIZE, dtype=torch.float64), dist_reduce_fx="sum")
@@ -190,7 +193,12 @@ class GradientNoiseScale(Metric):
     @property
     def rejected(self) -> dict[Rejection, int]:
         """Optimizer steps that were measured but left out, by reason, as of the last synchronisation."""
-        return {reason: int(self.counts[2 + reason]) for reason in Rejection}
+        return {reason: int(self.counts[_REJECTED + reason]) for reason in Rejection}
+
+    @property
+    def micro_batches_and_ranks(self) -> tuple[int, int]:
+        """What makes up the estimate's batch size: micro-batches over all ranks, and ranks; zeros before any."""
+        return int(self.counts[_MICRO_BATCHES]), int(self.counts[_RANKS])
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Moments and counts after the buffered rows; the buffer must hold the sum over ranks."""
@@ -199,19 +207,19 @@ class GradientNoiseScale(Metric):
         for row in self.pending.tolist():
             result = measurement_from_row(row, self.checksum_tolerance)
             if isinstance(result, Rejection):
-                counts[2 + result] += 1
+                counts[_REJECTED + result] += 1
                 continue
             moments = moments.updated(result.grad_sq_norm, result.cov_trace, self.ema_decay)
-            counts[0] += 1
+            counts[_MEASUREMENTS] += 1
             # short windows do not tell the batch size in use
-            if result.full or not counts[1]:
-                counts[1] = result.examples
+            if result.full or not counts[_EXAMPLES]:
+                counts[_EXAMPLES:_REJECTED] = result.examples, result.micro_batches, result.ranks
         return self.moments.new_tensor(moments.to_list()), self.counts.new_tensor(counts)
 
     def _estimate_from(
         self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0, approximate: bool = False
     ) -> NoiseScaleEstimate:
-        num_measurements, batch_size = counts[:2].tolist()
+        num_measurements, batch_size = counts[[_MEASUREMENTS, _EXAMPLES]].tolist()
         return NoiseScaleEstimate.from_moments(
             PairMoments.from_list(moments.tolist()),
             batch_size=batch_size,

@@ -7,13 +7,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
-from lightning_wn.batch_size.advice import RunConfiguration
-
-
-def configuration_of(trainer: Trainer) -> RunConfiguration:
-    """Return what makes up the batch size at this moment."""
-    return RunConfiguration(accumulate_grad_batches=trainer.accumulate_grad_batches, num_ranks=trainer.world_size)
-
 
 def trainable_parameters(trainer: Trainer) -> list[nn.Parameter]:
     """Return the parameters that the optimizer moves; fine-tuning callbacks change them in mid-run."""

@@ -20,9 +20,10 @@ NUM_CHECKSUMS = 4
 """Random projections of the gradient that travel with the samples."""
 
 # columns of a row; Σ runs over the samples of all ranks once the ranks' rows are added
-_RANKS, _FULL, _IRREGULAR, _COUNT, _EXAMPLES, _GRAD_SQ_NORM = range(6)  # per rank: 1, flags, K, Σn, |ḡ|²
-_WEIGHT, _W_SQ_NORM, _W_INVERSE, _W2_INVERSE = range(6, 10)  # Σw, Σw|g|², Σw/n, Σw²/n
-_W_CHECK = slice(10, 10 + NUM_CHECKSUMS)
+_RANKS, _FULL, _IRREGULAR, _COUNT, _MICRO_BATCHES = range(5)  # per rank: 1, flags, K, micro-batches
+_EXAMPLES, _GRAD_SQ_NORM = range(5, 7)  # Σn, |ḡ|²
+_WEIGHT, _W_SQ_NORM, _W_INVERSE, _W2_INVERSE = range(7, 11)  # Σw, Σw|g|², Σw/n, Σw²/n
+_W_CHECK = slice(11, 11 + NUM_CHECKSUMS)
 _W_CHECK_SQ = slice(_W_CHECK.stop, _W_CHECK.stop + NUM_CHECKSUMS)
 _GRAD_CHECK = slice(_W_CHECK_SQ.stop, _W_CHECK_SQ.stop + NUM_CHECKSUMS)
 _GRAD_CHECK_SQ = slice(_GRAD_CHECK.stop, _GRAD_CHECK.stop + NUM_CHECKSUMS)
@@ -51,6 +52,7 @@ class GradientSamples:
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
         grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
         examples: Examples in this rank's optimizer step; the sum of ``sizes`` by default.
+        micro_batches: Micro-batches in this rank's optimizer step; one a sample by default.
         full: Whether this was a full accumulation window of full batches; only those tell the batch size in use.
         irregular: Whether the probe saw what it cannot interpret; the step is then dropped on all ranks.
     """
@@ -62,6 +64,7 @@ class GradientSamples:
     checksums: Tensor | None = None
     grad_checksums: Tensor | None = None
     examples: float | Tensor | None = None
+    micro_batches: int | None = None
     full: bool = True
     irregular: bool = False
 
@@ -71,7 +74,8 @@ class GradientSamples:
         # small and big squared norms nearly cancel where the batch is large: sum in float64 where it exists
         dtype = torch.float32 if device.type == "mps" else torch.float64
         count = len(self.weights)
-        head = [1.0, float(self.full), float(self.irregular), float(count)]
+        micro_batches = count if self.micro_batches is None else self.micro_batches
+        head = [1.0, float(self.full), float(self.irregular), float(count), float(micro_batches)]
         sizes_known = not isinstance(self.sizes, Tensor)
         host = _to_device([*head, *self.weights, *(self.sizes if sizes_known else ())], device, dtype)
         weights = host[len(head) : len(head) + count]
@@ -97,12 +101,16 @@ class Measurement:
         grad_sq_norm: One step's estimate of |G|²; unbiased, very noisy, often negative.
         cov_trace: One step's estimate of tr(Σ); unbiased, never negative.
         examples: Examples in the optimizer step, over all ranks.
+        micro_batches: Micro-batches in it, over all ranks.
+        ranks: Ranks.
         full: Whether the accumulation windows were full on all ranks.
     """
 
     grad_sq_norm: float
     cov_trace: float
     examples: float
+    micro_batches: int
+    ranks: int
     full: bool
 
 
@@ -142,6 +150,8 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
         grad_sq_norm=grad_sq_norm,
         cov_trace=cov_trace,
         examples=row[_EXAMPLES],
+        micro_batches=round(row[_MICRO_BATCHES]),
+        ranks=round(ranks),
         full=row[_FULL] == ranks,
     )
 

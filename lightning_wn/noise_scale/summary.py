@@ -16,7 +16,7 @@ _REASONS = {
 WARNINGS = {
     Rejection.NON_FINITE: (
         "some gradients were NaN or infinite; those optimizer steps are left out on every rank (with a 16-bit "
-        "loss scaler the first few are normal)."
+        "loss scaler the first few are normal; a `batch_size_fn` that returns a tensor must not return zero)."
     ),
     Rejection.MISMATCH: (
         "the micro-batch gradients do not add up to the gradient that the optimizer uses, and those steps are left "

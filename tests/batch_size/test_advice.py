@@ -99,3 +99,13 @@ def test_the_unit_is_the_users():
 def test_to_dict_is_plain():
     values = make_advice(130.0).to_dict()
     assert json.loads(json.dumps(values))["configuration"] == {"accumulate_grad_batches": 4, "num_ranks": 1}
+
+
+@pytest.mark.parametrize(("noise_scale", "accumulate"), [(59.0, 7), (61.0, 8), (67.0, 8), (69.0, 9)])
+def test_the_nearest_size_may_lie_on_either_side(noise_scale, accumulate):
+    assert make_advice(noise_scale).suggested_accumulate_grad_batches == accumulate
+
+
+def test_from_eight_times_the_present_size_it_is_far():
+    assert "go part of the way" not in str(make_advice(31 * 8.0))
+    assert "go part of the way" in str(make_advice(32 * 8.0))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from frozen_digits import QUIET, DigitsMLP, digits, loader
@@ -125,10 +126,17 @@ def test_batch_without_tensors():
         count_examples(torch.zeros(0, 3), None)
 
 
-@pytest.mark.parametrize("count", [0, -1, math.nan])
+@pytest.mark.parametrize("count", [0, -1, math.nan, math.inf, None, "8", [8], torch.ones(2)], ids=repr)
 def test_batch_size_fn_result(count):
     with pytest.raises(ValueError, match="`batch_size_fn` must return the positive number of examples"):
         count_examples(torch.zeros(3), lambda batch: count)
+
+
+@pytest.mark.parametrize("count", [8, 8.0, np.int64(8), torch.tensor(8), torch.tensor([8.0], requires_grad=True)])
+def test_batch_size_fn_results_that_are_numbers(count):
+    counted = count_examples(torch.zeros(3), lambda batch: count)
+    assert float(counted) == 8
+    assert not isinstance(counted, torch.Tensor) or (counted.ndim == 0 and not counted.requires_grad)
 
 
 def test_batch_sizes_that_can_be_inferred():

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
+from lightning_wn.batch_size.advice import RunConfiguration
 from lightning_wn.noise_scale.samples import Rejection
 
 
@@ -87,6 +89,29 @@ class TestTruth:
         # two designs: be content with the wider one's error
         assert_true_within(callback, per_example_gradients(model, data), [[32] * 2] * 4)
         assert callback.advise().configuration.accumulate_grad_batches == 4
+
+    def test_batch_size_of_windows_that_end_with_the_epoch(self):
+        """One window an epoch is a full one, for its last batch is not short."""
+        scheduler = GradientAccumulationScheduler({0: 4, 2: 8})
+        callback, _ = measure(
+            DigitsMLP(), loader(digits(256)), 1, steps=-1, callbacks=[scheduler], trainer_args={"max_epochs": 4}
+        )
+        assert callback.estimate().batch_size == 256
+        assert callback.advise().suggested_batch_size % 32 == 0
+
+    def test_batch_size_leaves_out_a_short_last_batch(self):
+        """6 batches an epoch, the last of 16: windows of 64, 64 and 48."""
+        callback, _ = measure(DigitsMLP(), loader(digits(176), drop_last=False), accumulate=2, steps=6)
+        assert callback.estimate().batch_size == 64
+
+    def test_advice_speaks_of_the_step_that_was_measured(self):
+        """StochasticWeightAveraging accumulates over a whole last epoch, to no step, for the batch norms."""
+        model = DigitsMLP()
+        model.net.insert(1, nn.BatchNorm1d(32))
+        averaging = StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+        settings = {"max_epochs": 3}
+        callback, _ = measure(model, loader(digits(256)), steps=-1, callbacks=[averaging], trainer_args=settings)
+        assert callback.advise().configuration == RunConfiguration(accumulate_grad_batches=4, num_ranks=1)
 
     def test_tokens_counted_by_a_function(self):
         """Counting half the examples as the unit halves tr(Σ) and leaves |G|²."""
@@ -249,6 +274,14 @@ class TestLifeCycle:
         state = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
         assert any("GradientNoiseScaleCallback" in key for key in state["callbacks"])
 
+    def test_one_state_in_a_checkpoint_for_each_prefix_and_probe(self):
+        keys = {
+            GradientNoiseScaleCallback(probe, prefix=prefix).state_key
+            for probe in ("auto", "micro_batch")
+            for prefix in ("gns", "other")
+        }
+        assert len(keys) == 4
+
     def test_cadence_comes_from_the_checkpoint_unless_given(self, tmp_path):
         checkpoint = ModelCheckpoint(tmp_path, save_last=True)
         settings = {"enable_checkpointing": True, "max_steps": 12}
@@ -260,6 +293,35 @@ class TestLifeCycle:
             trainer = L.Trainer(callbacks=[callback], **QUIET, max_steps=20, accumulate_grad_batches=2)
             trainer.fit(DigitsMLP(), loader(digits()), ckpt_path=tmp_path / "last.ckpt")
             assert callback._every_n_steps == expected
+
+    def test_advice_from_a_checkpoint_alone(self, tmp_path):
+        """A new process that only validates knows the run that was measured."""
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        settings = {"enable_checkpointing": True}
+        callback, _ = measure(DigitsMLP(), loader(digits()), steps=20, callbacks=[saver], trainer_args=settings)
+
+        class Model(DigitsMLP):
+            def validation_step(self, batch, batch_idx):
+                self.log("loss", self.training_step(batch, batch_idx))
+
+        later = GradientNoiseScaleCallback()
+        validation = DataLoader(digits(64), 32)
+        L.Trainer(callbacks=[later], **QUIET).validate(Model(), validation, tmp_path / "last.ckpt", verbose=False)
+        assert later.advise().configuration == callback.advise().configuration
+        assert later.advise().suggested_batch_size == callback.advise().suggested_batch_size
+
+    def test_evaluating_a_checkpoint_keeps_the_estimate(self, tmp_path):
+        class Model(DigitsMLP):
+            def test_step(self, batch, batch_idx):
+                self.log("loss", self.training_step(batch, batch_idx))
+
+        saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+        settings = {"enable_checkpointing": True, "max_epochs": 3}
+        model = Model()
+        callback, trainer = measure(model, loader(digits(256)), steps=-1, callbacks=[saver], trainer_args=settings)
+        estimate = callback.estimate()
+        trainer.test(model, DataLoader(digits(64), 32), tmp_path / "step=2.ckpt", verbose=False)
+        assert callback.estimate() == estimate
 
     def test_fit_after_a_failed_fit_measures_the_same(self):
         callback = GradientNoiseScaleCallback(every_n_steps=1, ema_decay=1.0)
@@ -293,7 +355,8 @@ class TestLifeCycle:
         assert callback.estimate().num_measurements == 8
         assert 0.6 < callback.estimate().cov_trace / callback_2.estimate().cov_trace < 1
 
-    def test_interrupted_run_saves_without_communicating(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("saver_first", [True, False])
+    def test_interrupted_run_saves_without_communicating(self, tmp_path, monkeypatch, saver_first):
         """Another rank may be dead: waiting for it would lose the checkpoint."""
         calls = []
         original = GradientNoiseScaleCallback._synchronize
@@ -307,13 +370,33 @@ class TestLifeCycle:
                 monkeypatch.setattr(type(trainer.strategy), "world_size", 2, raising=False)
                 monkeypatch.setattr(L.Trainer, "world_size", 2)
 
-        saver = OnExceptionCheckpoint(tmp_path)
+        class Save(L.Callback):  # Lightning moves its own savers behind all other callbacks
+            def on_exception(self, trainer, pl_module, exception):
+                trainer.save_checkpoint(tmp_path / "on_exception.ckpt")
+
+        callbacks = [Save(), callback] if saver_first else [OnExceptionCheckpoint(tmp_path), callback]
         settings = QUIET | {"enable_checkpointing": True, "max_steps": 20, "accumulate_grad_batches": 2}
-        trainer = L.Trainer(callbacks=[TwoRanks(), saver, callback, FailAt(9)], **settings)
+        trainer = L.Trainer(callbacks=[TwoRanks(), *callbacks, FailAt(9)], **settings)
         with pytest.raises(RuntimeError, match="failed"):
             trainer.fit(DigitsMLP(), loader(digits()))
         assert (tmp_path / "on_exception.ckpt").exists()
         assert calls == []
+
+    @pytest.mark.parametrize("saver_first", [True, False])
+    def test_interrupted_run_on_one_device_loses_nothing(self, tmp_path, saver_first):
+        class Save(L.Callback):
+            def on_exception(self, trainer, pl_module, exception):
+                trainer.save_checkpoint(tmp_path / "on_exception.ckpt")
+
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        callbacks = [Save(), callback] if saver_first else [OnExceptionCheckpoint(tmp_path), callback]
+        settings = QUIET | {"enable_checkpointing": True, "max_steps": 20, "accumulate_grad_batches": 2}
+        trainer = L.Trainer(callbacks=[*callbacks, FailAt(9)], **settings)
+        with pytest.raises(RuntimeError, match="failed"):
+            trainer.fit(DigitsMLP(), loader(digits()))
+        assert callback.estimate().num_measurements == 4
+        states = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"]
+        assert float(states[callback.state_key]["counts"][0]) == 4
 
     def test_learning_rate_finder(self):
         finder = LearningRateFinder(num_training_steps=8)
@@ -329,6 +412,27 @@ class TestLifeCycle:
         callback.reset()
         assert callback.estimate().num_measurements == 0
         assert math.isnan(callback.estimate().noise_scale)
+
+    def test_result_of_earlier_workers_is_forgotten(self):
+        """A spawned fit whose estimate nobody asked for must not come up in a later fit or after a reset."""
+
+        def leave_mail(callback):
+            measured, _ = measure(DigitsMLP(), loader(digits()), steps=7)
+            measured._post_mail()
+            callback._mailbox._shared.copy_(measured._mailbox._shared)
+
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        leave_mail(callback)
+        assert callback.estimate().num_measurements == 7
+        settings = QUIET | {"max_steps": 20, "accumulate_grad_batches": 2, "log_every_n_steps": 5}
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        leave_mail(callback)
+        L.Trainer(callbacks=[callback], **settings).fit(DigitsMLP(), loader(digits()))
+        assert callback.estimate().num_measurements == 20
+        callback = GradientNoiseScaleCallback()
+        leave_mail(callback)
+        callback.reset()
+        assert callback.estimate().num_measurements == 0
 
 
 class ListLogger(Logger):
@@ -394,6 +498,18 @@ class TestLogging:
         settings = {"enable_checkpointing": True, "log_every_n_steps": 5}
         measure(DigitsMLP(), loader(digits()), steps=30, callbacks=[checkpoint], trainer_args=settings)
         assert checkpoint.best_model_score is not None
+
+    def test_synchronises_now_and_then_without_logging(self):
+        """Otherwise the buffer would grow until the end of training."""
+        seen = []
+
+        class Watch(L.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                seen.append(trainer.callbacks[0].estimate().num_measurements)
+
+        settings = {"log_every_n_steps": 0}
+        measure(DigitsMLP(), loader(digits()), accumulate=2, steps=101, callbacks=[Watch()], trainer_args=settings)
+        assert sorted(set(seen)) == [0, 50, 100]
 
     def test_without_a_logger(self):
         callback, _ = measure(DigitsMLP(), loader(digits()), steps=10, trainer_args={"log_every_n_steps": 0})

@@ -10,7 +10,7 @@ import torch
 from frozen_digits import textbook_pair
 
 from lightning_wn import GradientNoiseScale
-from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, Rejection, measurement_from_row
+from lightning_wn.noise_scale.micro_batches import NUM_CHECKSUMS, GradientSamples, Rejection, measurement_from_row
 
 mpl.use("Agg")
 
@@ -106,6 +106,21 @@ def test_checksums():
         wrong = checks.mean(0).clone()
         wrong[i] += 0.05
         assert outcome(wrong) is Rejection.MISMATCH
+
+
+@pytest.mark.parametrize("full", [(True, True), (True, False), (False, False)])
+def test_what_the_ranks_tell_of_the_batch_size_in_use(full):
+    """Rank 0 had two samples of 4, rank 1 one of 3; one short window makes the step a short one."""
+    samples = random_steps(1)[0]
+    small, big = norms(samples)
+    rows = [
+        GradientSamples(
+            sq_norms=small[own], sizes=[4, 4, 3][own], weights=[1.0] * len(small[own]), grad_sq_norm=big, full=rank_full
+        ).to_row()
+        for own, rank_full in zip((slice(0, 2), slice(2, 3)), full, strict=True)
+    ]
+    measured = measurement_from_row(sum(rows).tolist(), 0.01)
+    assert (measured.examples, measured.micro_batches, measured.ranks, measured.full) == (11, 3, 2, all(full))
 
 
 def test_sizes_may_be_a_tensor():

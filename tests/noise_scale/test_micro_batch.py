@@ -196,3 +196,18 @@ def test_compiled_module_is_seen():
     samples, gradients = run_window(net, data, loss=lambda b: compiled(b).square().mean())
     # float32 gradients of a compiled and of an eager graph
     torch.testing.assert_close(samples.sq_norms, gradients.square().sum(1), rtol=1e-5, atol=0)
+
+
+def test_sparse_gradients_are_refused_in_a_sentence():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(6, 5))
+
+    def loss(batch):
+        return nn.functional.embedding(torch.tensor([1, 2]), model.weight, sparse=True).sum()
+
+    probe = MicroBatchProbe()
+    probe.begin(0, 1, model, [model.weight])
+    probe.before_backward()
+    with pytest.raises(ValueError, match=r"sparse gradient of a parameter of shape \(6, 5\); look it up with"):
+        loss(None).backward()
+    probe.detach()

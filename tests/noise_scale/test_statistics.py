@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from frozen_digits import textbook_pair
@@ -150,6 +151,21 @@ class TestFieller:
         )
         assert (estimate.lower, estimate.upper) == (0.0, math.inf)
         assert math.isnan(estimate.noise_scale) == (seen == 0)
+
+    @pytest.mark.parametrize("decay", [1.0, 0.8])
+    def test_ends_are_where_the_t_test_turns(self, decay):
+        """(mean_y - r mean_x) over its standard error is Student's quantile at n_eff - 1 degrees of freedom."""
+        values = [(1.0, 50.0), (1.3, 52.0), (0.9, 45.0), (1.1, 57.0), (1.2, 49.0)]
+        moments = PairMoments()
+        for x, y in values:
+            moments = moments.updated(x, y, decay)
+        weights = np.array([decay ** (4 - i) for i in range(5)])
+        effective_size = weights.sum() ** 2 / (weights**2).sum()
+        for end in moments.interval(0.9):
+            residuals = np.array([y - end * x for x, y in values])
+            mean = np.average(residuals, weights=weights)
+            variance = np.cov(residuals, aweights=weights) / effective_size
+            assert mean**2 / variance == pytest.approx(stats.t.ppf(0.95, effective_size - 1) ** 2, rel=1e-6)
 
     def test_decay_zero_knows_one_measurement_only(self):
         moments = PairMoments()

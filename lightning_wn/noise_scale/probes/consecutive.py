@@ -39,6 +39,7 @@ class ConsecutiveProbe:
         self._step = -1
         self._size: float | Tensor = 0.0
         self._weight = 0.0
+        self._micro_batches = 0
         self._last: _Kept | None = None
         self._ends_pair = False
 
@@ -65,7 +66,7 @@ class ConsecutiveProbe:
         self._ends_pair = every_n_steps > 1 and not starts_pair
         self._parameters = parameters
         self._step = step
-        self._size, self._weight = 0.0, 0.0
+        self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
 
     def before_forward(self, size: float | Tensor) -> None:
         """Nothing to do: all is read at the end of the step."""
@@ -77,6 +78,7 @@ class ConsecutiveProbe:
         """Add the examples of one micro-batch."""
         self._size = self._size + size
         self._weight += weight
+        self._micro_batches += 1
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
@@ -101,6 +103,7 @@ class ConsecutiveProbe:
                 weights=(1.0, 1.0),
                 grad_sq_norm=_sq_norm(last.gradients, device, dtype) / 4,
                 examples=self._size,
+                micro_batches=self._micro_batches,
                 full=full,
             )
         self._last = None if self._ends_pair else self._keep(gradients, present, scale, sq_norm)

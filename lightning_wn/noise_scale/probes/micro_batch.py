@@ -172,6 +172,11 @@ class MicroBatchProbe:
 
         def see_gradient(grad: Tensor) -> None:
             if self._recording:
+                if grad.is_sparse:
+                    raise ValueError(
+                        f"`GradientNoiseScaleCallback` cannot read the sparse gradient of a parameter of shape "
+                        f"{tuple(grad.shape)}; look it up with `sparse=False`."
+                    )
                 fired.append(index)
                 grad = grad.detach()
                 norms.append(torch.linalg.vector_norm(grad, dtype=dtype))
