@@ -10,7 +10,7 @@ import torch
 from frozen_digits import textbook_pair
 
 from lightning_wn import GradientNoiseScale
-from lightning_wn.noise_scale.micro_batches import NUM_CHECKSUMS, GradientSamples, Rejection, measurement_from_row
+from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, Rejection, measurement_from_row
 
 mpl.use("Agg")
 
