@@ -50,6 +50,8 @@ class GradientSamples:
         grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
         grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
+        grad_in_shards: Whether ``grad_checksums`` is this rank's shard's part, times the ranks over the copies of
+            that shard, so that the mean over ranks is the whole; ranks then differ without anything being wrong.
         full: Whether this was a full accumulation window of full batches; only those tell the batch size in use.
         irregular: Whether the probe saw what it cannot interpret; the step is then dropped on all ranks.
     """
@@ -60,6 +62,7 @@ class GradientSamples:
     grad_sq_norm: Tensor
     checksums: Tensor | None = None
     grad_checksums: Tensor | None = None
+    grad_in_shards: bool = False
     full: bool = True
     irregular: bool = False
 
@@ -83,7 +86,9 @@ class GradientSamples:
         per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksums.square()), dim=1)
         totals = torch.stack((sizes.sum(), self.grad_sq_norm.to(dtype)))
         grad_checksums = grad_checksums.to(dtype)
-        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, grad_checksums.square()))
+        # of no spread where ranks differ by design
+        squares = torch.zeros_like(grad_checksums) if self.grad_in_shards else grad_checksums.square()
+        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, squares))
 
 
 @dataclass(frozen=True, kw_only=True)
