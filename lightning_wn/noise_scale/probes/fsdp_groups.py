@@ -25,7 +25,7 @@ class ShardedGroup:
     """One FSDP2 parameter group: its gradients go through one reduce-scatter.
 
     Attributes:
-        name: Name of its module.
+        name: Name of its module, for messages.
         module: The ``FSDPModule``, which has the public setter of the reduce-scatter.
         torch_group: torch's own record of the group.
         shard_size: Ranks that share one copy of the parameters.
@@ -50,8 +50,8 @@ class ShardedGroup:
         """The reduce-scatter in use."""
         return self.torch_group._reduce_scatter_comm
 
-    @reduce_scatter.setter
-    def reduce_scatter(self, comm: Any) -> None:
+    def set_reduce_scatter(self, comm: Any) -> None:
+        """Set another reduce-scatter."""
         self.module.set_custom_reduce_scatter(comm)
 
     @property
@@ -117,7 +117,7 @@ def read_sharded_groups(model: nn.Module) -> list[ShardedGroup]:
         torch_groups = _torch_groups(state)
         if len(torch_groups) > 1:
             raise ValueError(
-                f"FSDP2 shards {name!r} over several meshes (`shard_placement_fn` returned a `ShardPlacementResult`), "
+                f"FSDP2 shards {name} over several meshes (`shard_placement_fn` returned a `ShardPlacementResult`), "
                 "and allows no custom reduce-scatter there; shard all parameters of a module over one mesh."
             )
         groups += [_read_group(name, module, torch_group) for torch_group in torch_groups]
@@ -156,7 +156,7 @@ def require_torchs_reduce_scatter(groups: Sequence[ShardedGroup], own: type) -> 
         # there is no public getter; what torch sets itself is of a class that torch defines
         if not isinstance(comm, own) and not type(comm).__module__.startswith("torch."):
             raise ValueError(
-                f"The 'sharded' probe reads gradients through `set_custom_reduce_scatter`, and {group.name!r} already "
+                f"The 'sharded' probe reads gradients through `set_custom_reduce_scatter`, and {group.name} already "
                 f"has your own ({type(comm).__name__}), which it would replace; remove one of the two."
             )
 
@@ -220,7 +220,7 @@ def _fsdp_modules(model: nn.Module) -> list[tuple[str, Any]]:
     except ImportError:
         return []
     return [
-        (name or type(module).__name__, module)
+        (repr(name) if name else "the root module", module)
         for name, module in model.named_modules()
         if isinstance(module, FSDPModule)
     ]
@@ -240,19 +240,19 @@ def _read_group(name: str, module: Any, torch_group: Any) -> ShardedGroup:
     ranks = torch.distributed.get_world_size()
     if any(p.sharded_param.device_mesh.size() != shard_size * replicas for p in torch_group.fsdp_params):
         raise ValueError(
-            f"The parameters of {name!r} lie on a mesh with a further dimension (tensor parallelism), whose ranks "
+            f"The parameters of {name} lie on a mesh with a further dimension (tensor parallelism), whose ranks "
             "share their batch, and the 'sharded' probe needs a batch of its own for every rank; shard over "
             "data-parallel dimensions only."
         )
     if shard_size < 2:
         raise ValueError(
-            f"FSDP2 keeps {name!r} whole on every rank (shard size 1) and then calls no reduce-scatter that the "
+            f"FSDP2 keeps {name} whole on every rank (shard size 1) and then calls no reduce-scatter that the "
             "'sharded' probe could read; pass `fully_shard` a mesh that shards over two or more ranks, such as "
             "`mesh=self.device_mesh['data_parallel']`, or use DDP."
         )
     if shard_size * replicas != ranks:
         raise ValueError(
-            f"FSDP2 averages the gradients of {name!r} over {shard_size * replicas} of {ranks} ranks, and the "
+            f"FSDP2 averages the gradients of {name} over {shard_size * replicas} of {ranks} ranks, and the "
             "'sharded' probe needs one average over all; pass `fully_shard` a mesh of all data-parallel ranks."
         )
     return ShardedGroup(name, module, torch_group, shard_size, int(mesh_info.shard_mesh_rank), replicas)

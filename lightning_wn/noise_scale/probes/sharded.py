@@ -72,7 +72,7 @@ class ShardedProbe:
             for index, group in enumerate(groups):
                 tap = _TappedReduceScatter(group.reduce_scatter, index, self._see_gradient)
                 self._taps.append(tap)
-                group.reduce_scatter = tap
+                group.set_reduce_scatter(tap)
         self._step = _Step()
         self._backward = None
 
@@ -145,11 +145,11 @@ class ShardedProbe:
 
     def detach(self) -> None:
         """Put the reduce-scatters back and forget the step."""
-        for group, tap in zip(self._groups, self._taps, strict=True):
+        for group, tap in zip(self._groups, self._taps, strict=False):
             tap.closed = True
             # whoever replaced ours in the meantime keeps theirs
             if group.reduce_scatter is tap:
-                group.reduce_scatter = tap.open_inner
+                group.set_reduce_scatter(tap.open_inner)
         self._taps = []
         self._groups = []
         self._parameters = ()
