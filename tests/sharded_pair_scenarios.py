@@ -58,6 +58,10 @@ def exact_options(folder):
     model, plain = sharded_pair()
     results["ragged window"] = compare_norms(plain, model, [2, 6], torch.float32, reduced_every=2)
     model, plain = sharded_pair()
+    results["windows of sizes on the device"] = compare_norms(
+        plain, model, [4, 4, 4, 4], torch.float32, reduced_every=2, size_type=torch.tensor
+    )
+    model, plain = sharded_pair()
     results["unreduced"] = compare_norms(plain, model, [4], torch.float32, reduced_every=2)
     model, plain = sharded_pair(whole=True)
     results["one group, unused layer"] = compare_norms(plain, model, [4, 4], torch.float32)

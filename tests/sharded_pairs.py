@@ -91,7 +91,7 @@ def batch(size, seed, dtype):
 
 
 def compare_norms(
-    plain, model, sizes, dtype, *, reduced_every=1, spare=False, tamper=None, average_replicas_late=False
+    plain, model, sizes, dtype, *, reduced_every=1, spare=False, tamper=None, average_replicas_late=False, size_type=int
 ):
     """Relative errors of the probe's |g_k|² and of |ḡ|² against the plain copy, and what the row says."""
     probe = ShardedProbe(model)
@@ -105,7 +105,7 @@ def compare_norms(
             model.set_requires_all_reduce(index == len(sizes) - 1)
         probe.before_backward()
         (weight * model(x, spare).square().sum(1).mean()).backward()
-        probe.after_backward(size, weight, None)
+        probe.after_backward(size_type(size), weight, None)
         loss = plain(x, spare).square().sum(1).mean()
         grads = torch.autograd.grad(loss, list(plain.parameters()), allow_unused=True)
         sums.append(torch.cat([torch.zeros(0) if g is None else g.flatten() for g in grads]).double())

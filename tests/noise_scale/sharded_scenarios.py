@@ -1,4 +1,6 @@
-"""Scenarios of FSDP2 on the CPU: ``python sharded_scenarios.py FOLDER RANKS``, with 2 or 4 ranks.
+"""Scenarios of FSDP2 on the CPU: ``python sharded_scenarios.py FOLDER RANKS [NAME ...]``, with 2 or 4 ranks.
+
+The first scenario must be one with a trainer, which starts and connects the ranks.
 
 Every scenario returns what JSON can hold; each rank writes its results to FOLDER/rank<r>.json.
 """
@@ -18,6 +20,7 @@ import torch
 from frozen_digits import QUIET, DigitsMLP, digits, loader
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from sharded_pair_scenarios import (
+    UsersReduceScatter,
     attach_and_detach,
     exact,
     exact_hybrid,
@@ -247,6 +250,11 @@ def refused_runs(folder):
             if not isinstance(self.net[0], FSDPModule):
                 fully_shard(self.net[0], mesh=self.mesh())
 
+    class Own(ShardedDigits):
+        def configure_model(self):
+            super().configure_model()
+            self.net[0].set_custom_reduce_scatter(UsersReduceScatter())
+
     def fit(model, strategy=None):
         return sentence(lambda: model_parallel([Driver()], strategy, max_steps=2).fit(model, loader(digits())))
 
@@ -255,6 +263,7 @@ def refused_runs(folder):
         "ddp": fit(DigitsMLP(), DDPStrategy(process_group_backend="gloo")),
         "no module": fit(Plain()),
         "part": fit(Part()),
+        "own": fit(Own()),
     }
 
 

@@ -139,7 +139,7 @@ def test_norms_are_exact_with_other_factors_windows_and_frozen_layers(outcome):
         for name, said in expected_outcome.items():
             assert results[name]["outcome"] == said
             assert results.pop(name)["comms"] == [TORCHS] * 3
-        assert results["windows"]["sizes"] == [8.0, 8.0]
+        assert results["windows"]["sizes"] == results["windows of sizes on the device"]["sizes"] == [8.0, 8.0]
         # (g_2 + g_6) / 2 varies like a mean over 1 / ((1/2)² / 2 + (1/2)² / 6) = 6 examples
         assert results["ragged window"]["sizes"] == [pytest.approx(6.0)]
     assert_exact(outcome, 2)
@@ -187,6 +187,7 @@ def test_runs_are_refused_in_words(outcome):
         assert "the strategy is DDPStrategy; use `strategy=ModelParallelStrategy(...)`" in said["ddp"]
         assert "has no FSDP2 module; call `torch.distributed.fsdp.fully_shard`" in said["no module"]
         assert "('net.2.bias', 'net.2.weight')" in said["part"]
+        assert "'net.0' already has your own (UsersReduceScatter)" in said["own"]
 
 
 @scenario("refused_probes")

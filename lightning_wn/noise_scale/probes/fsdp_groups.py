@@ -144,17 +144,12 @@ def require_own_parameters(
         )
 
 
-def require_torchs_reduce_scatter(groups: Sequence[ShardedGroup], own: type) -> None:
-    """Raise ValueError where the user has set a reduce-scatter of their own.
-
-    Args:
-        groups: The parameter groups.
-        own: Class of this package's reduce-scatter, which two callbacks may set one over the other.
-    """
+def require_torchs_reduce_scatter(groups: Sequence[ShardedGroup]) -> None:
+    """Raise ValueError where the user has set a reduce-scatter of their own."""
     for group in groups:
         comm = group.reduce_scatter
-        # there is no public getter; what torch sets itself is of a class that torch defines
-        if not isinstance(comm, own) and not type(comm).__module__.startswith("torch."):
+        # what torch sets itself is of a class that torch defines; two callbacks may set ours one over the other
+        if not type(comm).__module__.startswith(("torch.", "lightning_wn.")):
             raise ValueError(
                 f"The 'sharded' probe reads gradients through `set_custom_reduce_scatter`, and {group.name} already "
                 f"has your own ({type(comm).__name__}), which it would replace; remove one of the two."
@@ -209,6 +204,7 @@ def require_shardable(trainer: Trainer, pl_module: LightningModule) -> list[Shar
             "`ModelParallelStrategy(data_parallel_size=...)` to two or more."
         )
     groups = read_sharded_groups(pl_module)
+    require_torchs_reduce_scatter(groups)
     in_optimizers = [p for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
     require_own_parameters(pl_module, groups, [p for p in in_optimizers if p.requires_grad])
     return groups

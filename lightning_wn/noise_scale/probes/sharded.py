@@ -66,7 +66,7 @@ class ShardedProbe:
             self.detach()
             groups = read_sharded_groups(self._model)
             require_own_parameters(self._model, groups, parameters)
-            require_torchs_reduce_scatter(groups, _TappedReduceScatter)
+            require_torchs_reduce_scatter(groups)
             self._parameters, self._groups = parameters, groups
             self._projections = _choose_projections(groups)
             for index, group in enumerate(groups):
