@@ -158,9 +158,9 @@ class GradientNoiseScaleCallback(Callback):
         if stage != "fit":
             return
         require_lightning_trainer(trainer, type(self).__name__)
-        self._choose_probe(trainer, pl_module)
         # Lightning restores the state after this hook
         self._start_afresh()
+        self._choose_probe(trainer, pl_module, wrapped=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is known once the model is wrapped and the optimizer exists."""
@@ -171,7 +171,7 @@ class GradientNoiseScaleCallback(Callback):
                 "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
             )
         # layers that setup or configure_model built were not there before
-        self._choose_probe(trainer, pl_module)
+        self._choose_probe(trainer, pl_module, wrapped=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the run; a checkpoint has been restored by now under every strategy."""
@@ -182,7 +182,8 @@ class GradientNoiseScaleCallback(Callback):
             self._metric.ema_decay = 0.5 ** (self._every_n_steps / self.half_life_steps)
         low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable_parameters(trainer))
         # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
-        self._metric.checksum_tolerance = 0.05 if low_precision else 0.01
+        rounded = low_precision or self._probe.reduces_in_low_precision
+        self._metric.checksum_tolerance = 0.05 if rounded else 0.01
         if self._probe.approximate:
             rank_zero_warn(
                 f"`GradientNoiseScaleCallback` measures with the probe '{self._probe.name}', which is approximate: "
@@ -317,11 +318,12 @@ class GradientNoiseScaleCallback(Callback):
         self._last_logged_step = -1
         self._warned: set[Rejection] = set()
 
-    def _choose_probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _choose_probe(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         require_dense_gradients(pl_module)
         name = choose_probe(self.probe, trainer, pl_module)
         if name != self._probe.name:
             self._probe = PROBES[name]()
+        self._probe.require_readable(trainer, pl_module, wrapped=wrapped)
 
     def _synchronize(self, trainer: Trainer) -> None:
         before = self._metric.rejected

@@ -51,6 +51,8 @@ class GradientSamples:
         grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
         grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
+        grad_in_shards: Whether ``grad_checksums`` is this rank's shard's part, times the ranks over the copies of
+            that shard, so that the mean over ranks is the whole; ranks then differ without anything being wrong.
         examples: Examples in this rank's optimizer step; the sum of ``sizes`` by default.
         micro_batches: Micro-batches in this rank's optimizer step; one a sample by default.
         full: Whether this was a full accumulation window of full batches; only those tell the batch size in use.
@@ -63,6 +65,7 @@ class GradientSamples:
     grad_sq_norm: Tensor
     checksums: Tensor | None = None
     grad_checksums: Tensor | None = None
+    grad_in_shards: bool = False
     examples: float | Tensor | None = None
     micro_batches: int | None = None
     full: bool = True
@@ -90,7 +93,9 @@ class GradientSamples:
         examples = sizes.sum() if self.examples is None else torch.as_tensor(self.examples, dtype=dtype).to(device)
         totals = torch.stack((examples, self.grad_sq_norm.to(dtype)))
         grad_checksums = grad_checksums.to(dtype)
-        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, grad_checksums.square()))
+        # of no spread where ranks differ by design
+        squares = torch.zeros_like(grad_checksums) if self.grad_in_shards else grad_checksums.square()
+        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, squares))
 
 
 @dataclass(frozen=True, kw_only=True)

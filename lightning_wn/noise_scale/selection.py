@@ -7,11 +7,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_wn.noise_scale.probes.base import Probe
 from lightning_wn.noise_scale.probes.consecutive import ConsecutiveProbe
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
+from lightning_wn.noise_scale.probes.sharded import ShardedProbe
 from lightning_wn.noise_scale.run_facts import largest_accumulation
-from lightning_wn.noise_scale.strategies import require_readable_strategy
+from lightning_wn.noise_scale.strategies import parameter_placement
 
 PROBES: dict[str, type[Probe]] = {
     MicroBatchProbe.name: MicroBatchProbe,
+    ShardedProbe.name: ShardedProbe,
     ConsecutiveProbe.name: ConsecutiveProbe,
 }
 
@@ -19,22 +21,27 @@ PROBES: dict[str, type[Probe]] = {
 def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule) -> str:
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
-    ``micro_batch`` wherever an optimizer step has, or by a schedule will have, two or more micro-batches over
-    all ranks. On one device without accumulation, ``consecutive``.
+    ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has, or by a schedule
+    will have, two or more micro-batches over all ranks. On one device without accumulation, ``consecutive``.
 
     Raises:
-        ValueError: If nothing can read the run, with a sentence that names the fix.
+        ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
     """
-    require_readable_strategy(trainer.strategy)
     if not pl_module.automatic_optimization:
         raise ValueError(
             "`GradientNoiseScaleCallback` reads gradients under automatic optimization only, and "
             f"{type(pl_module).__name__} sets `automatic_optimization = False`; remove the callback or use "
             "automatic optimization."
         )
-    name = wish
+    sharded = parameter_placement(trainer.strategy) == "sharded"
     if wish == "auto":
+        if sharded:
+            return ShardedProbe.name
         several = trainer.world_size * largest_accumulation(trainer) >= 2
-        name = MicroBatchProbe.name if several else ConsecutiveProbe.name
-    PROBES[name]().require_readable(trainer, pl_module)
-    return name
+        return MicroBatchProbe.name if several else ConsecutiveProbe.name
+    if sharded != (wish == ShardedProbe.name):
+        raise ValueError(
+            f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "
+            f"which takes {ShardedProbe.name!r} under ModelParallelStrategy and another probe elsewhere."
+        )
+    return wish

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -13,24 +15,32 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
+Placement = Literal["replicated", "sharded"]
+
 # the nearest of these classes decides, so that a subclass of DDP by the user is DDP, and DeepSpeed is not
-_READABLE: dict[type[Strategy], bool] = {
-    SingleDeviceStrategy: True,
-    DDPStrategy: True,
-    SingleDeviceXLAStrategy: False,
-    XLAStrategy: False,
-    DeepSpeedStrategy: False,
-    FSDPStrategy: False,
-    ModelParallelStrategy: False,
+_PLACEMENT: dict[type[Strategy], Placement | None] = {
+    SingleDeviceStrategy: "replicated",
+    DDPStrategy: "replicated",
+    ModelParallelStrategy: "sharded",
+    SingleDeviceXLAStrategy: None,
+    XLAStrategy: None,
+    DeepSpeedStrategy: None,
+    FSDPStrategy: None,
 }
 
 
-def require_readable_strategy(strategy: Strategy) -> None:
-    """Raise ValueError unless micro-batch gradients can be read under this strategy."""
-    nearest = next((base for base in type(strategy).__mro__ if base in _READABLE), None)
-    if nearest is None or not _READABLE[nearest]:
+def parameter_placement(strategy: Strategy) -> Placement:
+    """Return whether each rank holds all parameters or a shard of them.
+
+    Raises:
+        ValueError: If no probe can read gradients under this strategy.
+    """
+    nearest = next((base for base in type(strategy).__mro__ if base in _PLACEMENT), None)
+    placement = _PLACEMENT[nearest] if nearest else None
+    if placement is None:
         raise ValueError(
             f"`GradientNoiseScaleCallback` cannot read per-rank gradients under {type(strategy).__name__}; use a "
-            "single device or one of Lightning's DDP strategies (`strategy='ddp'`, 'ddp_spawn', 'ddp_fork', "
-            "'ddp_notebook'), or remove the callback."
+            "single device, one of Lightning's DDP strategies (`strategy='ddp'`, 'ddp_spawn', 'ddp_fork', "
+            "'ddp_notebook') or ModelParallelStrategy with FSDP2, or remove the callback."
         )
+    return placement

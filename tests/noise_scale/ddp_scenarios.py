@@ -150,7 +150,7 @@ class CommunicationHook(L.Callback):
         trainer.strategy.model.register_comm_hook(None, self.hook)
 
 
-def sharded_strategy(folder):
+def tensor_parallel_ranks(folder):
     class Sharded(DigitsMLP):
         def configure_model(self):
             pass
@@ -205,7 +205,7 @@ SCENARIOS = [
     nan_on_one_rank,
     uneven_batch_sizes,
     sync_batch_norm,
-    sharded_strategy,
+    tensor_parallel_ranks,
     lossless_communication_hook,
     lossy_communication_hook,
     unused_parameters,

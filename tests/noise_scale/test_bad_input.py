@@ -11,14 +11,21 @@ import numpy as np
 import pytest
 import torch
 from frozen_digits import QUIET, DigitsMLP, digits, loader
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.batch_counting import count_examples
-from lightning_wn.noise_scale.strategies import require_readable_strategy
+from lightning_wn.noise_scale.strategies import parameter_placement
 
 
 @pytest.mark.parametrize("decay", [-0.01, 1.01, math.nan])
@@ -29,7 +36,7 @@ def test_ema_decay(decay):
 
 def test_unknown_probe():
     with pytest.raises(
-        ValueError, match=r"`probe` must be one of \['auto', 'micro_batch', 'consecutive'\], got 'micro'"
+        ValueError, match=r"`probe` must be one of \['auto', 'micro_batch', 'sharded', 'consecutive'\], got 'micro'"
     ):
         GradientNoiseScaleCallback("micro")
 
@@ -163,7 +170,7 @@ def bare(strategy_class):
 )
 def test_unsupported_strategies(strategy_class):
     with pytest.raises(ValueError, match=f"cannot read per-rank gradients under {strategy_class.__name__}; use"):
-        require_readable_strategy(bare(strategy_class))
+        parameter_placement(bare(strategy_class))
 
 
 def test_supported_strategies():
@@ -174,9 +181,10 @@ def test_supported_strategies():
         pass
 
     for strategy_class in (SingleDeviceStrategy, DDPStrategy, OwnDDP):
-        require_readable_strategy(bare(strategy_class))
+        assert parameter_placement(bare(strategy_class)) == "replicated"
+    assert parameter_placement(bare(ModelParallelStrategy)) == "sharded"
     with pytest.raises(ValueError, match="OwnDeepSpeed"):
-        require_readable_strategy(bare(OwnDeepSpeed))
+        parameter_placement(bare(OwnDeepSpeed))
 
 
 def test_strategy_that_nobody_here_knows():
@@ -185,7 +193,7 @@ def test_strategy_that_nobody_here_knows():
 
     Unknown.__abstractmethods__ = frozenset()
     with pytest.raises(ValueError, match="cannot read per-rank gradients under Unknown"):
-        require_readable_strategy(bare(Unknown))
+        parameter_placement(bare(Unknown))
 
 
 def test_trainer_of_the_other_package():
@@ -197,3 +205,7 @@ def test_trainer_of_the_other_package():
         TypeError, match=r"a Trainer from the package `pytorch_lightning`.*write `import lightning.pytorch as pl`"
     ):
         GradientNoiseScaleCallback().setup(Trainer(), DigitsMLP(), "fit")
+
+
+def test_a_probe_for_another_strategy():
+    refuse("`probe='sharded'` cannot read gradients under SingleDeviceStrategy; use `probe='auto'`", probe="sharded")

@@ -106,10 +106,12 @@ def test_sync_batch_norm_is_refused(outcome):
             assert "SyncBatchNorm in 'net.1' mixes their examples; use `Trainer(sync_batchnorm=False)`" in sentence
 
 
-@scenario("sharded_strategy")
-def test_sharded_strategy_is_refused(outcome):
+@scenario("tensor_parallel_ranks")
+def test_ranks_that_share_their_batch_are_refused(outcome):
+    """What ModelParallelStrategy() is by default."""
     for sentence in outcome:
-        assert "cannot read per-rank gradients under ModelParallelStrategy; use a single device or" in sentence
+        assert "data_parallel_size=2" in sentence
+        assert "tensor_parallel_size=1" in sentence
 
 
 @scenario("lossless_communication_hook")

@@ -30,8 +30,15 @@ class Probe(Protocol):
     def coverage(self) -> float:
         """Measured share of the trainable parameters' elements."""
 
-    def require_readable(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError, with a sentence that names the fix, where this probe would not be right."""
+    @property
+    def reduces_in_low_precision(self) -> bool:
+        """Whether gradients are rounded to 16 bits between the samples and the optimizer."""
+
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
+        """Raise ValueError, with a sentence that names the fix, where this probe would not be right.
+
+        Called early, and again when the strategy has wrapped the model and the optimizer exists.
+        """
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
         """Whether this optimizer step takes part in a measurement, at one measurement in so many steps."""

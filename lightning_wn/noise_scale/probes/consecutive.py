@@ -33,6 +33,7 @@ class ConsecutiveProbe:
         "`Trainer(accumulate_grad_batches=2)` or more is exact"
     )
     coverage: float = 1.0
+    reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -43,7 +44,7 @@ class ConsecutiveProbe:
         self._last: _Kept | None = None
         self._ends_pair = False
 
-    def require_readable(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError on several devices, where exact probes exist."""
         if trainer.world_size > 1:
             raise ValueError(

@@ -33,6 +33,7 @@ class MicroBatchProbe:
     default_every_n_steps: ClassVar[int] = 10
     approximate: ClassVar[str] = ""
     coverage: float = 1.0
+    reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -45,7 +46,7 @@ class MicroBatchProbe:
         self._checks: list[tuple[int, Tensor]] = []
         self._forget_step()
 
-    def require_readable(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError unless an optimizer step has two independent micro-batches."""
         if trainer.world_size * largest_accumulation(trainer) < 2:
             raise ValueError(
