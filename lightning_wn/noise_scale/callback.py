@@ -58,11 +58,14 @@ class GradientNoiseScaleCallback(Callback):
     - ``gns/coverage``: measured share of the trainable parameters, only where below 1
 
     Args:
-        probe: Where gradient samples come from: ``"auto"``, or ``"micro_batch"`` (each rank's each
-            micro-batch; needs gradient accumulation, DDP, or both).
-        every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10 for
-            ``micro_batch``) at which measuring adds about 1 % to training time or less; a resumed run keeps
-            the number that its checkpoint was written with.
+        probe: Where gradient samples come from. ``"micro_batch"``: each rank's each micro-batch; needs gradient
+            accumulation, DDP, or both. ``"sharded"``: the same under ModelParallelStrategy with FSDP2.
+            ``"consecutive"``: each optimizer step beside the last one, on one device; approximate, and far off
+            at large learning rates. ``"auto"`` takes ``sharded`` under ModelParallelStrategy, ``micro_batch``
+            where a step has two micro-batches or more, and ``consecutive`` otherwise.
+        every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10) at which
+            measuring adds about 1 % to training time or less; a resumed run keeps the number that its
+            checkpoint was written with.
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean of all.
         half_life_steps: The same in optimizer steps: after so many, a measurement counts half.
         confidence: Level of the interval, in (0, 1).
@@ -73,8 +76,7 @@ class GradientNoiseScaleCallback(Callback):
 
     Raises:
         ValueError: For arguments out of range, and before training starts for what cannot be measured:
-            a strategy other than single-device and DDP, one device without accumulation, SyncBatchNorm,
-            manual optimization, sparse gradients, no trainable parameters. At the first measured batch, if the
+            a strategy other than single-device, DDP and FSDP2, SyncBatchNorm, manual optimization, sparse gradients, no trainable parameters. At the first measured batch, if the
             number of examples cannot be inferred.
 
     Example:
@@ -89,7 +91,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def __init__(
         self,
-        probe: Literal["auto", "micro_batch"] = "auto",
+        probe: Literal["auto", "micro_batch", "sharded", "consecutive"] = "auto",
         *,
         every_n_steps: int | None = None,
         ema_decay: float = _DEFAULT_EMA_DECAY,

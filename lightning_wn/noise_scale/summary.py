@@ -26,8 +26,8 @@ WARNINGS = {
     ),
     Rejection.IRREGULAR: (
         "a parameter's gradient came in several parts within one backward pass, and those steps are left out; likely "
-        "causes are reentrant activation checkpointing of a layer that is used twice (use `use_reentrant=False`) "
-        "or several backward calls in one training step."
+        "causes are reentrant activation checkpointing of a layer that is used twice (use `use_reentrant=False`), "
+        "several backward calls in one training step, or, under FSDP2, layers that only some micro-batches use."
     ),
 }
 """What to say once, the first time that a step is left out for a reason that the user can act on."""
