@@ -76,8 +76,9 @@ class GradientNoiseScaleCallback(Callback):
 
     Raises:
         ValueError: For arguments out of range, and before training starts for what cannot be measured:
-            a strategy other than single-device, DDP and FSDP2, SyncBatchNorm, manual optimization, sparse gradients, no trainable parameters. At the first measured batch, if the
-            number of examples cannot be inferred.
+            a strategy other than single-device, DDP and FSDP2, SyncBatchNorm, manual optimization, sparse
+            gradients, no trainable parameters. At the first measured batch, if the number of examples cannot be
+            inferred.
 
     Example:
         >>> from lightning.pytorch import Trainer
