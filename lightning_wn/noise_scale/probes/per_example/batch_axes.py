@@ -41,6 +41,11 @@ _INPUT_AXES: dict[type[nn.Module], Callable[[Any, Any, Sequence[Tensor], int], A
 }
 
 
+def has_own_axes(module: nn.Module) -> bool:
+    """Whether the module says itself where its batch is, by ``batch_first``."""
+    return any(cls in _INPUT_AXES for cls in type(module).__mro__)
+
+
 def input_axes(module: nn.Module, args: Any, tensors: Sequence[Tensor], batch_size: int, axis: int) -> Axes:
     """Find the batch dimension of every tensor among a call's arguments ``(args, kwargs)``."""
     for cls in type(module).__mro__:

@@ -22,7 +22,8 @@ _PASSED = {
 }  # fmt: skip
 _BROADCASTS = {"AddBackward0", "SubBackward0", "ExpandBackward0", "RepeatBackward0"}
 
-_Path = tuple[tuple[Node, int], ...]
+# from where the tensor meets the batch back to it: the node, the operand, and the operand's shape
+_Path = tuple[tuple[Node, int, tuple[int, ...]], ...]
 
 
 class Broadcasts:
@@ -55,12 +56,16 @@ class Broadcasts:
             self._is_broadcast(consumer, shape) for consumer, _, used in self._consumers.get(node, ()) if used == output
         )
 
+    def is_used(self, node: Node) -> bool:
+        """Whether the loss depends on what the node made."""
+        return node in self._consumers
+
     def collect(self, node: Node, output: int, shape: Sequence[int]) -> SharedGradient | None:
         """Watch all uses of a shared tensor; None if one of them is neither an expansion nor an addition."""
         found = list(self._frontier(node, output, tuple(shape), ()))
         if not found or any(path is None for path in found):
             return None
-        shared = SharedGradient(self._batch_size, shape)
+        shared = SharedGradient(self._batch_size)
         for path in found:
             assert path is not None
             hook = shared.hook(path)
@@ -79,7 +84,7 @@ class Broadcasts:
         for consumer, edge, used in self._consumers.get(node, ()):
             if used != output:
                 continue
-            step = ((consumer, edge), *path)
+            step = ((consumer, edge, shape), *path)
             if self._is_broadcast(consumer, shape):
                 yield step
             elif consumer.name() in _PASSED | _BROADCASTS:
@@ -102,17 +107,14 @@ class Broadcasts:
 class SharedGradient:
     """Per-example gradients of one shared tensor, added over its uses."""
 
-    def __init__(self, batch_size: int, shape: Sequence[int]) -> None:
+    def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._shape = tuple(shape)
         self.grad: Tensor | None = None
 
     def hook(self, path: _Path) -> Callable[[tuple[Tensor | None, ...]], None]:
         """Return a hook for the node at the start of the path, which ends at the tensor."""
-        (meeting, edge), *passed = path
+        (meeting, edge, shape), *passed = path
         sign = _factor(meeting, edge)
-        # the shape in which the tensor met the batch
-        shape = _result_shape(passed[0][0]) if passed else self._shape
 
         def see(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
@@ -131,10 +133,12 @@ class SharedGradient:
         return see
 
 
-def _pull_back(grad: Tensor, passed: Sequence[tuple[Node, int]]) -> Tensor:
-    for node, edge in passed:
-        results: Any = node(grad)
+def _pull_back(grad: Tensor, passed: Sequence[tuple[Node, int, tuple[int, ...]]]) -> Tensor:
+    for node, edge, shape in passed:
+        results: Any = node(grad)  # type: ignore[operator]  # torch's nodes can be called
         grad = results[edge] if isinstance(results, tuple) else results
+        # the engine would undo what an addition broadcast; so it is done here
+        grad = _sum_to(grad, (1,) * (grad.ndim - len(shape)) + shape).reshape(shape)
     return grad
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wn.noise_scale.probes.per_example.batch_axes import input_axes, output_axes
+from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes, input_axes, output_axes
 from lightning_wn.noise_scale.probes.per_example.broadcast import Broadcasts, SharedGradient
 from lightning_wn.noise_scale.probes.per_example.forms import Dense, Form, waiting
 from lightning_wn.noise_scale.probes.per_example.generic import Context, Rerun
@@ -355,16 +355,23 @@ class PerExampleNorms:
             node, index = output.edge
             if node is not None and self._broadcasts.meets_batch(node, index, output.shape):
                 use.shared = self._broadcasts.collect(node, index, output.shape)
-        for parameter in bare:
-            shared = self._broadcasts.collect(accumulation_node(parameter), 0, parameter.shape)
-            if shared is not None:
-                self._shared_parameters[id(parameter)] = (parameter, shared)
+        for parameters in bare:
+            found = [
+                (p, self._broadcasts.collect(accumulation_node(p), 0, p.shape))
+                for p in parameters
+                if self._broadcasts.is_used(accumulation_node(p))
+            ]
+            # with one parameter that needs the module run again, all are found that way, with all its checks
+            if all(shared is not None for _, shared in found):
+                self._shared_parameters |= {id(p): (p, shared) for p, shared in found if shared is not None}
 
-    def _bare_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that no layer with a rule answers for, too."""
+    def _bare_parameters(self) -> list[list[nn.Parameter]]:
+        """List the parameters of modules without a rule, where no layer with a rule answers for them too."""
         ruled = {id(p) for layer in self._layers if layer.rule is not None for p in layer.parameters.values()}
-        found = {id(p): p for use in self._uses if use.layer.rule is None for p in use.layer.parameters.values()}
-        return [p for key, p in found.items() if key not in ruled]
+        called = {id(use.layer): use.layer for use in self._uses if use.layer.rule is None}
+        # modules that are known to turn their tensors around inside are run again
+        groups = [list(layer.parameters.values()) for layer in called.values() if not has_own_axes(layer.module)]
+        return [group for group in groups if not any(id(p) in ruled for p in group)]
 
     def _names_of_shared(self) -> list[tuple[str, ...]]:
         return [("", str(index)) for index, p in enumerate(self._parameters) if id(p) in self._shared_parameters]
