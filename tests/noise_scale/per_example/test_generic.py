@@ -79,9 +79,7 @@ def test_a_square_attention_mask_of_batch_size_is_no_batch():
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_transformer_encoder_layer(dropout, norm_first):
     torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(
-        8, 2, 16, dropout=dropout, batch_first=True, norm_first=norm_first, dtype=DOUBLE
-    )
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True, norm_first=norm_first, dtype=DOUBLE)
     x = double(3, 5, 8)
     check(model, lambda: mixed_loss(model(x)), 3)
 

@@ -49,6 +49,11 @@ def patches(
     return windows.flatten(3 + spatial - 1).flatten(2, 1 + spatial)
 
 
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(N, C, *space) -> (N, groups, C/groups, T)."""
+    return x.flatten(2).reshape(len(x), groups, x.shape[1] // groups, -1)
+
+
 def _check_batched(module: nn.Module, x: Tensor, spatial: int) -> None:
     if x.ndim != spatial + 2:
         raise PerExampleError(
@@ -70,7 +75,7 @@ def convolution(module: AnyConv, seen: Seen) -> dict[str, Form]:
         windows = patches(
             x, seen.grad.shape[2:], module.kernel_size, module.stride, module.dilation, groups=module.groups
         )
-        grad = seen.grad.flatten(2).unflatten(1, (module.groups, -1))  # (N, G, out/G, T)
+        grad = _grouped(seen.grad, module.groups)
         forms["weight"] = Outer(grad.mT, windows)
     if "bias" in seen.needed:
         forms["bias"] = Dense(seen.grad.flatten(2).sum(2))
@@ -90,7 +95,7 @@ def transposed_convolution(module: AnyConvTranspose, seen: Seen) -> dict[str, Fo
             F.pad(seen.grad, padding), seen.input.shape[2:], module.kernel_size, module.stride, module.dilation,
             groups=module.groups,
         )  # fmt: skip
-        x = seen.input.flatten(2).unflatten(1, (module.groups, -1))  # (N, G, in/G, T)
+        x = _grouped(seen.input, module.groups)
         forms["weight"] = Outer(x.mT, windows)
     if "bias" in seen.needed:
         forms["bias"] = Dense(seen.grad.flatten(2).sum(2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,37 +10,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes, input_axes, output_axes
+from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes
 from lightning_wn.noise_scale.probes.per_example.broadcast import Broadcasts, SharedGradient
+from lightning_wn.noise_scale.probes.per_example.calls import Call, is_private
 from lightning_wn.noise_scale.probes.per_example.forms import Dense, Form, waiting
-from lightning_wn.noise_scale.probes.per_example.generic import Context, Rerun
+from lightning_wn.noise_scale.probes.per_example.generic import Context
 from lightning_wn.noise_scale.probes.per_example.layers import BatchDim, Layer, Slot, find_layers
 from lightning_wn.noise_scale.probes.per_example.outputs import OutputGradient, accumulation_node
-from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError, refuse_model, shape_of
-from lightning_wn.noise_scale.probes.per_example.registry import Seen
+from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError, refuse_model
 from lightning_wn.noise_scale.probes.per_example.verification import Verification
-
-
-@dataclass(eq=False)
-class _Use:
-    """One call of a layer: what went in, and the hooks that wait for the gradients of what came out."""
-
-    layer: Layer
-    leaves: list[Any]
-    spec: Any
-    versions: list[int]
-    outputs: list[OutputGradient]
-    context: Context | None
-    input_has_history: bool
-    shared: SharedGradient | None = None
-    fired: bool = False
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-
-    def is_intact(self) -> bool:
-        return [t._version for t in self.tensors] == self.versions
 
 
 class PerExampleNorms:
@@ -106,12 +83,22 @@ class PerExampleNorms:
         self.coverage = sum(p.numel() for p in self._parameters) / max(trainable, 1)
         self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
         self._handles: list[RemovableHandle] = []
+        self._verified: set[tuple[Any, ...]] = set()
+        self._batch_size = 0
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._recording = False
         self._verification: Verification | None = None
         self._broadcasts: Broadcasts | None = None
-        self._verified: set[tuple[Any, ...]] = set()
-        self._recording = False
-        self._batch_size = 0
-        self._forget()
+        self._shared_parameters: dict[int, tuple[nn.Parameter, SharedGradient]] = {}
+        self._uses: list[Call] = []
+        self._starts: list[tuple[Layer, list[int], Context]] = []
+        self._errors: list[PerExampleError] = []
+        self._total: Tensor | None = None
+        self._signature: tuple[Any, ...] = ()
+        for slot in self._slots:
+            slot.forget()
 
     def attach(self) -> None:
         """Put the hooks on; they do nothing until a measured forward pass starts.
@@ -142,7 +129,6 @@ class PerExampleNorms:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._recording = False
         self._forget()
 
     def before_forward(self, batch_size: int) -> None:
@@ -160,7 +146,9 @@ class PerExampleNorms:
     def before_backward(self, loss: Tensor) -> None:
         """Look at the graph of the loss for tensors that all examples share until they meet the batch."""
         self._try(self._watch_shared, loss)
-        signature = [(use.layer.name, use.shared is not None, *self._axes(use)) for use in self._uses]
+        signature: list[tuple[Any, ...]] = [
+            (use.layer.name, use.shared is not None, *use.axes(self._batch_size)) for use in self._uses
+        ]
         self._signature = (*sorted(signature), *sorted(self._names_of_shared()))
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
@@ -189,23 +177,15 @@ class PerExampleNorms:
             self._forget()
 
     def _forget(self) -> None:
-        for use in getattr(self, "_uses", []):
+        """Take the step's hooks off and forget what they saw."""
+        for use in self._uses:
             for output in use.outputs:
                 output.remove()
         if self._verification is not None:
             self._verification.stop()
         if self._broadcasts is not None:
             self._broadcasts.remove()
-        self._verification = None
-        self._uses: list[_Use] = []
-        self._starts: list[tuple[Layer, list[int], Context]] = []
-        self._errors: list[PerExampleError] = []
-        self._total: Tensor | None = None
-        self._broadcasts: Broadcasts | None = None
-        self._shared_parameters: dict[int, tuple[nn.Parameter, SharedGradient]] = {}
-        self._signature: tuple[Any, ...] = ()
-        for slot in self._slots:
-            slot.forget()
+        self._start_afresh()
 
     def _try(self, function: Any, *args: Any) -> None:
         """Keep an error for ``after_backward``: a measurement must not stop a backward pass half way."""
@@ -236,7 +216,7 @@ class PerExampleNorms:
         leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if versions is None:
             versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-        use = _Use(layer, leaves, spec, versions, [], context, input_has_history)
+        use = Call(layer, leaves, spec, versions, [], context, input_has_history)
         in_backward = torch._C._current_graph_task_id() != -1
         for slot in layer.slots.values():
             if in_backward:
@@ -245,37 +225,22 @@ class PerExampleNorms:
                 slot.calls += 1
         # the generic rule needs the gradients of all outputs and waits for the end
         arrived = None if layer.rule is None else lambda: self._try(self._answer, use)
-        private = layer.rule is not None and len(outputs) == 1 and _is_private(outputs[0], use.tensors)
+        private = layer.rule is not None and len(outputs) == 1 and is_private(outputs[0], use.tensors)
         use.outputs = [OutputGradient(o, private=private, arrived=arrived) for o in outputs]
         self._uses.append(use)
 
-    def _answer(self, use: _Use) -> None:
+    def _answer(self, use: Call) -> None:
         """Apply the layer's rule; called by autograd when the gradient of the output is known."""
         layer = use.layer
         if use.fired:
-            raise PerExampleError(
-                f"the gradient reached {layer.label} twice: per-example norms need one backward pass through each "
-                "forward pass, so call before_forward and after_backward around each, or choose another probe"
-            )
+            raise use.reached_twice()
         use.fired = True
-        shared = use.shared
-        grad = use.outputs[0].grad if shared is None else shared.grad
-        assert grad is not None
-        assert layer.rule is not None
-        if not use.is_intact():
-            raise PerExampleError(
-                f"the input of {layer.label} was changed in place after the layer had used it: write x = x + y for "
-                "x += y there"
-            )
-        x = use.tensors[0]
+        grad = use.arrived_gradient()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            if shared is None:
-                seen, fold = self._batch_first(layer, x, grad)
-            else:
-                seen, fold = Seen(_wide(x, grad).expand(self._batch_size, *x.shape), grad, frozenset(layer.slots)), 1
-            self._take_forms(layer, dict(layer.rule(layer.module, seen)), fold)
+            seen, fold = use.seen(grad, self._batch_size)
+            self._take_forms(layer, dict(use.rule(layer.module, seen)), fold)
         if self._verification is not None:
-            total = grad if shared is None else grad.sum(0)
+            total = grad if use.shared is None else grad.sum(0)
             self._verification.add_call(layer.module, layer.parameters, use.leaves, use.spec, total)
         use.leaves = [None]  # autograd may free the input now
 
@@ -311,38 +276,6 @@ class PerExampleNorms:
     def _add(self, sq_norms: Tensor) -> None:
         self._total = sq_norms if self._total is None else self._total + sq_norms.to(self._total.device)
 
-    def _batch_first(self, layer: Layer, x: Tensor, grad: Tensor) -> tuple[Seen, int]:
-        """Bring input and output gradient into the form that rules take; also how many parts an example has."""
-        fold = 1
-        if layer.batch_dim == "folded":
-            fold, rest = divmod(grad.shape[0], self._batch_size)
-            if rest or x.shape[0] != grad.shape[0]:
-                raise PerExampleError(
-                    f"{layer.label} is said to be folded, but the first dimension of its input ({shape_of(x)}) is no "
-                    f"multiple of the batch of {self._batch_size}"
-                )
-        else:
-            dim = layer.batch_dim
-            if not all(t.ndim > dim and t.shape[dim] == self._batch_size for t in (x, grad)):
-                raise PerExampleError(
-                    f"{layer.label} got an input of shape {shape_of(x)}, whose dimension {dim} is not the batch of "
-                    f"{self._batch_size}: name the dimension in `batch_dims`, or 'folded' if the parts of an example "
-                    "lie one after the other in the first one"
-                )
-            x, grad = x.movedim(dim, 0), grad.movedim(dim, 0)
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return Seen(_wide(x, grad), wide, frozenset(layer.slots)), fold
-
-    def _axis(self, layer: Layer) -> int:
-        return 0 if layer.batch_dim == "folded" else layer.batch_dim
-
-    def _axes(self, use: _Use) -> tuple[int, ...]:
-        axes = input_axes(
-            use.layer.module, pytree.tree_unflatten(use.leaves, use.spec), use.tensors, self._batch_size,
-            self._axis(use.layer),
-        )  # fmt: skip
-        return tuple(-1 if axis is None else axis for axis in axes)
-
     def _watch_shared(self, loss: Tensor) -> None:
         """Find what meets the batch only later: class tokens, position embeddings."""
         bare = self._bare_parameters()
@@ -376,9 +309,9 @@ class PerExampleNorms:
     def _names_of_shared(self) -> list[tuple[str, ...]]:
         return [("", str(index)) for index, p in enumerate(self._parameters) if id(p) in self._shared_parameters]
 
-    def _may_be_shared(self, use: _Use) -> bool:
+    def _may_be_shared(self, use: Call) -> bool:
         """Whether the output may have no batch dimension; one of T == B positions looks like a batch."""
-        dim = self._axis(use.layer)
+        dim = use.layer.axis
         shape = use.outputs[0].shape
         return not use.input_has_history or len(shape) <= dim or shape[dim] != self._batch_size
 
@@ -386,11 +319,7 @@ class PerExampleNorms:
         with torch.no_grad():
             self._take_shared_parameters()
             for use in self._uses:
-                if not any(o.arrivals for o in use.outputs) and any(o.may_be_missed() for o in use.outputs):
-                    raise PerExampleError(
-                        f"the output of {use.layer.label} is a view that was changed in place: write the change out "
-                        "of place, or register a rule for the module's class"
-                    )
+                use.check_seen()
                 if use.layer.rule is None:
                     self._run_again(use)
             # some uses of a parameter may have no gradient: an output that the loss does not depend on
@@ -410,40 +339,13 @@ class PerExampleNorms:
                 slot.squared = True
                 self._add(slot.squared_norms([Dense(shared.grad)]))
 
-    def _run_again(self, use: _Use) -> None:
+    def _run_again(self, use: Call) -> None:
         """Apply the generic rule."""
         layer = use.layer
         parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared_parameters}
         if not parameters or not any(o.arrivals for o in use.outputs):
             return
-        if any(o.arrivals > 1 for o in use.outputs):
-            raise PerExampleError(
-                f"the gradient reached {layer.label} twice: per-example norms need one backward pass through each "
-                "forward pass, so call before_forward and after_backward around each, or choose another probe"
-            )
-        if any(o.may_be_missed() for o in use.outputs):
-            raise PerExampleError(
-                f"the output of {layer.label} is a view that was changed in place: write the change out of place, or "
-                "register a rule for the module's class"
-            )
-        if not use.is_intact():
-            raise PerExampleError(
-                f"an argument of {layer.label} was changed in place after the module had got it: write x = x + y for "
-                "x += y there"
-            )
-        if layer.batch_dim == "folded":
-            raise PerExampleError(f"{layer.label} has no rule, and without one 'folded' is not possible: register one")
-        assert use.context is not None
-        grads = [o.grad for o in use.outputs]
-        axes = output_axes(layer.module, [_meta(o) for o in use.outputs], self._batch_size, self._axis(layer))
-        if any(grad is not None and axis is None for grad, axis in zip(grads, axes, strict=True)):
-            raise PerExampleError(
-                f"an output of {layer.label} has a gradient but no batch dimension: leave its parameters out of the "
-                "measured ones, or register a rule for the module's class"
-            )
-        inputs = [None if axis < 0 else axis for axis in self._axes(use)]
-        places = [i for i, leaf in enumerate(use.leaves) if isinstance(leaf, Tensor)]
-        rerun = Rerun(layer.module, parameters, use.leaves, use.spec, places, inputs, grads, axes, use.context)
+        rerun = use.rerun(parameters, self._batch_size)
         recording, self._recording = self._recording, False
         try:
             gradients = layer.generic(rerun, self._batch_size, layer.label)
@@ -454,22 +356,3 @@ class PerExampleNorms:
             if self._verification is not None:
                 self._verification.add_part(parameters[name], wide.sum(0))
             self._take(layer.slots[name], Dense(wide), layer)
-
-
-def _wide(x: Tensor, grad: Tensor) -> Tensor:
-    """Return a layer's input in float32 at least."""
-    if not x.is_floating_point():
-        return x
-    # matrix products under autocast saw the input rounded to the type of their output
-    x = x.to(grad.dtype) if grad.dtype.itemsize < x.dtype.itemsize else x
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _meta(output: OutputGradient) -> Tensor:
-    return torch.empty(output.shape, device="meta")
-
-
-def _is_private(output: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether the output shares no memory with what went in."""
-    storage = output.untyped_storage()._cdata
-    return all(t.untyped_storage()._cdata != storage for t in inputs)

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# reading and writing an element of a materialised gradient costs about this many multiplications
-_MEMORY_COST = 16
+# writing and reading back an element that was materialised costs about this many multiplications in a matrix
+# product; measured on a CPU, and about the ratio of an H100's float32 and memory throughput
+_MEMORY_COST = 64
+
+
+def _folded(tensor: Tensor, fold: int) -> Tensor:
+    return tensor.reshape(-1, fold, *tensor.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Dense:
 
     def merge(self, fold: int) -> Dense:
         """Add each ``fold`` successive examples."""
-        return Dense(self.grad.unflatten(0, (-1, fold)).sum(1))
+        return Dense(_folded(self.grad, fold).sum(1))
 
     def dense(self, shape: torch.Size) -> Tensor:
         """Materialise: shape (B, *shape)."""
@@ -48,7 +53,7 @@ class Outer:
         """Add each ``fold`` successive examples: their positions lie side by side."""
 
         def merged(factor: Tensor) -> Tensor:
-            return factor.unflatten(0, (-1, fold)).transpose(1, 2).flatten(2, 3)
+            return _folded(factor, fold).transpose(1, 2).flatten(2, 3)
 
         return Outer(merged(self.left), merged(self.right))
 
@@ -65,8 +70,12 @@ class Outer:
     def gram_is_cheaper(self, *, with_along: bool = False) -> bool:
         """Compare T²(L + R) with T·L·R and the memory traffic of the materialised gradient."""
         length, left, right = self.left.shape[2], self.left.shape[3], self.right.shape[3]
-        gram = length * length * (left + right + _MEMORY_COST) + (length * left * right if with_along else 0)
-        return gram < length * left * right + _MEMORY_COST * left * right
+        gram = length * length * (left + right + _MEMORY_COST)
+        direct = left * right * (length + _MEMORY_COST)
+        if with_along:
+            gram += length * left * right
+            direct += left * right * _MEMORY_COST
+        return gram < direct
 
     def squared(self) -> Tensor:
         """Return the squared norms, shape (B,)."""
@@ -83,12 +92,12 @@ class Outer:
         """
         if self.gram_is_cheaper(with_along=True):
             gram = self.right @ self.right.mT
-            row_sq = (self.left * (gram @ self.left)).sum(2)
-            along = (self.left * (self.right @ direction.mT)).sum(2)
+            row_sq = torch.linalg.vecdot(self.left, gram @ self.left, dim=2)
+            along = torch.linalg.vecdot(self.left, self.right @ direction.mT, dim=2)
         else:
             grad = self.left.mT @ self.right
-            row_sq = grad.square().sum(3)
-            along = (grad * direction).sum(3)
+            row_sq = torch.linalg.vecdot(grad, grad)
+            along = torch.linalg.vecdot(grad, direction.expand_as(grad))
         return row_sq.flatten(1), along.flatten(1)
 
 
@@ -106,9 +115,7 @@ class Rows:
 
     def merge(self, fold: int) -> Rows:
         """Add each ``fold`` successive examples."""
-        return Rows(
-            self.index.unflatten(0, (-1, fold)).flatten(1, 2), self.values.unflatten(0, (-1, fold)).flatten(1, 2)
-        )
+        return Rows(_folded(self.index, fold).flatten(1, 2), _folded(self.values, fold).flatten(1, 2))
 
     def dense(self, shape: torch.Size) -> Tensor:
         """Materialise: shape (B, *shape)."""
@@ -166,15 +173,17 @@ def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
 
 def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     """Return |Σ_uses gradient|² per example, shape (B,); a parameter's uses are added before squaring."""
-    added = add_forms(forms, shape)
-    if len(added) == 2 and isinstance(added[0], Outer) and isinstance(added[1], Rows):
-        # a table that is also a projection: |a + b|² = |a|² + |b|² + 2<a, b>
-        outer, rows = added
-        return outer.squared() + rows.squared() + 2 * rows.product(outer)
-    (form,) = added
-    if isinstance(form, Dense):
-        return form.grad.square().flatten(1).sum(1)
-    return form.squared()
+    total: Tensor | None = None
+    outer: Outer | None = None
+    for form in add_forms(forms, shape):
+        squared = form.grad.square().flatten(1).sum(1) if isinstance(form, Dense) else form.squared()
+        total = squared if total is None else total + squared
+        if isinstance(form, Rows) and outer is not None:
+            # a table that is also a projection: |a + b|² = |a|² + |b|² + 2<a, b>
+            total = total + 2 * form.product(outer)
+        outer = form if isinstance(form, Outer) else outer
+    assert total is not None
+    return total
 
 
 def _add_dense(forms: Sequence[Form], shape: torch.Size) -> Tensor:

@@ -77,6 +77,11 @@ class Layer:
     generic: GenericRule = field(default_factory=GenericRule)
 
     @property
+    def axis(self) -> int:
+        """The dimension that holds the batch, or the batch and the parts of its examples."""
+        return 0 if self.batch_dim == "folded" else self.batch_dim
+
+    @property
     def label(self) -> str:
         """How messages call it."""
         return name_of(self.module, self.name)

@@ -26,7 +26,7 @@ def layer_norm(module: nn.LayerNorm, seen: Seen) -> dict[str, Form]:
 def rms_norm(module: nn.RMSNorm, seen: Seen) -> dict[str, Form]:
     """Scale over the last dimensions."""
     # without eps torch takes the machine epsilon of the input's own type; float32's is the same in float32
-    return _trailing(seen, F.rms_norm(seen.input, module.normalized_shape, None, module.eps), module)  # type: ignore[arg-type]
+    return _trailing(seen, F.rms_norm(seen.input, module.normalized_shape, None, module.eps), module)
 
 
 def _trailing(seen: Seen, normalized: Tensor, module: nn.LayerNorm | nn.RMSNorm) -> dict[str, Form]:
@@ -48,7 +48,7 @@ def group_norm(module: nn.GroupNorm, seen: Seen) -> dict[str, Form]:
 @register_per_example_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm(module: AnyInstanceNorm, seen: Seen) -> dict[str, Form]:
     """Scale and shift per channel."""
-    if seen.input.ndim == module._get_no_batch_dim():  # type: ignore[no-untyped-call]  # torch's
+    if seen.input.ndim == module._get_no_batch_dim():
         raise PerExampleError(
             f"{type(module).__name__} got an input of shape {shape_of(seen.input)} without a batch dimension: add one"
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -71,9 +71,12 @@ def refuse_model(model: nn.Module) -> None:
             f"{_several('module', compiled)} compiled, and hooks added to a compiled module are ignored: measure "
             "without torch.compile, or choose another probe"
         )
-    for name, module in model.named_modules():
-        if "torch.jit" in {inspect.getmodule(cls).__name__ for cls in type(module).__mro__ if inspect.getmodule(cls)}:  # type: ignore[union-attr]
-            raise PerExampleError(f"module {name!r} is scripted and runs no hooks: measure the eager module")
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise PerExampleError(
+            f"{_several('module', scripted)} scripted and cannot be measured: use the eager module, or choose another "
+            "probe"
+        )
 
 
 def _several(kind: str, names: list[str]) -> str:

@@ -73,7 +73,7 @@ def _by_unit(
     if weight.leading and len(forms) == 1:
         (form,) = forms
         if isinstance(form, Outer):
-            row_sq, along = form.by_row(unit.unflatten(0, (form.left.shape[1], -1)))
+            row_sq, along = form.by_row(unit.reshape(form.left.shape[1], -1, unit.shape[1]))
             return row_sq, along, ratio_sq
         if isinstance(form, Rows):
             rows = form.distinct()
