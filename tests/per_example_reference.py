@@ -51,7 +51,6 @@ def check(model, run, batch_size, *, parameters=None, tolerance=None, steps=2, *
     assert measured.dtype in (torch.float32, torch.float64)
     tolerance = tolerance or TOLERANCE[parameters[0].dtype]
     torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=1e-30)
-    # the mean gradient and the norms are consistent: Σ_i Σ_j <g_i, g_j> = |Σ g|², so E-type sums exist
     return measured
 
 

@@ -33,6 +33,15 @@ def test_recurrent(kind, batch_first, options):
     check(model, run, 5)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_biases_of_a_recurrent_module_alone(kind):
+    torch.manual_seed(0)
+    model = kind(3, 4, batch_first=True, dtype=DOUBLE)
+    x = double(5, 5, 3)
+    biases = [model.bias_ih_l0, model.bias_hh_l0]
+    check(model, lambda: mixed_loss(model(x)[0]), 5, parameters=biases)
+
+
 def test_recurrent_with_states_and_final_state():
     torch.manual_seed(0)
     model = nn.LSTM(3, 4, batch_first=True, dtype=DOUBLE)
@@ -148,11 +157,11 @@ def test_a_module_that_mixes_examples_is_refused(dropout):
 
 
 class Tied(nn.Module):
-    def __init__(self, weight_norm=False):
+    def __init__(self, weight_norm=False, vocabulary=7):
         super().__init__()
-        self.table = nn.Embedding(7, 4, dtype=DOUBLE)
+        self.table = nn.Embedding(vocabulary, 4, dtype=DOUBLE)
         self.middle = nn.Linear(4, 4, dtype=DOUBLE)
-        self.head = nn.Linear(4, 7, bias=False, dtype=DOUBLE)
+        self.head = nn.Linear(4, vocabulary, bias=False, dtype=DOUBLE)
         self.head.weight = self.table.weight
         if weight_norm:
             apply_weight_norm(self, modules=[nn.Embedding, nn.Linear])
@@ -162,10 +171,11 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
-def test_tied_embedding(weight_norm):
+@pytest.mark.parametrize("vocabulary", [7, 100])  # materialised, and by the product of both factors
+def test_tied_embedding(weight_norm, vocabulary):
     torch.manual_seed(0)
-    model = Tied(weight_norm)
-    tokens = torch.randint(0, 7, (3, 9))
+    model = Tied(weight_norm, vocabulary)
+    tokens = torch.randint(0, 7, (3, 3))
     check(model, lambda: mixed_loss(model(tokens)), 3)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from per_example_reference import check, gradient_sq_norm, measure, mixed_loss
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_wn.noise_scale.probes.per_example import PerExampleNorms
 from lightning_wn.weight_norm import apply_weight_norm
@@ -93,12 +94,11 @@ class Classifier(nn.Module):
 
 
 def gpt2(dropout):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
+    config = GPT2Config(
         vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, use_cache=False,
     )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config)
 
 
 def case(name, dtype):

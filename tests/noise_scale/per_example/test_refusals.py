@@ -137,6 +137,19 @@ def test_parameters_of_another_model():
         PerExampleNorms(nn.Linear(4, 4), list(nn.Linear(4, 4).parameters()))
 
 
+def test_sequence_first_with_as_many_steps_as_examples():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).double()
+    x = torch.randn(3, 3, 4).double()
+
+    def run():
+        return mixed_loss(layer(x).transpose(0, 1))
+
+    parameters = list(layer.parameters())
+    with pytest.raises(PerExampleError, match="two dimensions may be the batch"):
+        measure(layer, parameters, run, 3)
+    check(layer, run, 3, batch_dims={"*": 1})
+
+
 def test_unbatched_input():
     conv = nn.Conv1d(3, 3, 1)
     with pytest.raises(PerExampleError, match="without a batch dimension"):

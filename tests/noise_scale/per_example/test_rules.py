@@ -279,6 +279,17 @@ def test_autocast():
     check(model, run, 6, tolerance=2e-2)
 
 
+def test_autocast_sees_the_rounded_input():
+    layer = nn.Linear(16, 8, bias=False)
+    x = torch.full((4, 16), 1 + 2**-8)  # bfloat16 rounds it to 1
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x).float().square().sum(1)
+
+    check(layer, run, 4, tolerance=4e-3)
+
+
 def test_half_precision_accumulates_in_float32():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).bfloat16()
     x = torch.randn(6, 5, 16).bfloat16()

@@ -115,6 +115,11 @@ class Call:
                     f"{batch_size}: name the dimension in `batch_dims`, or 'folded' if the parts of an example lie one "
                     "after the other in the first one"
                 )
+            if layer.in_doubt and grad.ndim > 2 and grad.shape[1] == batch_size:
+                raise PerExampleError(
+                    f"{layer.label} got an input of shape {shape_of(x)}: two dimensions may be the batch, "
+                    "since the model has modules with batch_first=False: name the dimension in `batch_dims`"
+                )
             x, grad = x.movedim(dim, 0), grad.movedim(dim, 0)
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return Seen(_wide(x, grad), wide, needed), fold

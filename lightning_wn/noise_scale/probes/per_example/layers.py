@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes
 from lightning_wn.noise_scale.probes.per_example.forms import Form, squared_norms
 from lightning_wn.noise_scale.probes.per_example.generic import GenericRule
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError, name_of
@@ -66,6 +67,7 @@ class Layer:
         slots: By the names that the rule uses (``weight``), or by parameter name for the generic rule.
         parameters: The measured parameters, by name in the module.
         batch_dim: Where the batch lies in its input and output.
+        in_doubt: Whether the model has modules that put the sequence first, and nobody said where the batch lies.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Layer:
     slots: dict[str, Slot]
     parameters: dict[str, nn.Parameter]
     batch_dim: BatchDim
+    in_doubt: bool
     generic: GenericRule = field(default_factory=GenericRule)
 
     @property
@@ -99,6 +102,7 @@ def find_layers(
     wanted = {id(p) for p in parameters if p.requires_grad}
     slots: dict[tuple[int, ...], Slot] = {}
     layers: list[Layer] = []
+    sequence_first = any(has_own_axes(m) and not m.batch_first for m in model.modules())
     for name, module in _owners(model):
         own = {key: p for key, p in _own_parameters(module).items() if id(p) in wanted}
         if not own:
@@ -119,7 +123,9 @@ def find_layers(
             measured = frozenset(ids) & wanted
             normed = weight_norm if slot_name == "weight" else None
             by_name[slot_name] = slots.setdefault(ids, Slot(shape, measured, normed))
-        layers.append(Layer(name, module, rule, by_name, own, _batch_dim(name, batch_dims)))
+        said = [dim for pattern, dim in batch_dims.items() if fnmatchcase(name, pattern)]
+        batch_dim = said[0] if said else 0
+        layers.append(Layer(name, module, rule, by_name, own, batch_dim, sequence_first and not said))
     _check_sharing(slots, layers)
     found = {id(p) for layer in layers for p in layer.parameters.values()}
     if wanted - found:
@@ -158,10 +164,6 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _parts(weight_norm: WeightNormed) -> tuple[nn.Parameter, nn.Parameter]:
     return weight_norm.gain, weight_norm.direction
-
-
-def _batch_dim(name: str, batch_dims: Mapping[str, BatchDim]) -> BatchDim:
-    return next((dim for pattern, dim in batch_dims.items() if fnmatchcase(name, pattern)), 0)
 
 
 def _check_sharing(slots: Mapping[tuple[int, ...], Slot], layers: Sequence[Layer]) -> None:
