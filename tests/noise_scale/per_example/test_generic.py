@@ -42,6 +42,13 @@ def test_biases_of_a_recurrent_module_alone(kind):
     check(model, lambda: mixed_loss(model(x)[0]), 5, parameters=biases)
 
 
+def test_the_bias_of_attention_alone():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(4, 2, batch_first=True, dtype=DOUBLE)
+    x = double(4, 4, 4)
+    check(model, lambda: mixed_loss(model(x, x, x)[0]), 4, parameters=[model.in_proj_bias])
+
+
 def test_recurrent_with_states_and_final_state():
     torch.manual_seed(0)
     model = nn.LSTM(3, 4, batch_first=True, dtype=DOUBLE)
@@ -253,6 +260,10 @@ class Positions(nn.Module):
             x = torch.cat([self.token.repeat(batch, 1, 1), x], 1) - self.bare[:, : length + 1]
         elif self.spelling == "table":
             x = x + self.table(torch.arange(length)) + torch.add(x, self.table(torch.arange(length)[None]), alpha=2)
+        elif self.spelling == "unsqueezed":
+            x = x + self.table(torch.arange(length))[None]
+        elif self.spelling == "scaled":
+            x = x * self.table(torch.arange(length))
         elif self.spelling == "squeezed":
             x = x + self.bare.squeeze(0)[:length] + (self.token + self.bare)[:, :length]
         elif self.spelling == "multiplied":
@@ -260,10 +271,18 @@ class Positions(nn.Module):
         return torch.tanh(self.mix(x))
 
 
-@pytest.mark.parametrize("spelling", ["expand", "repeat", "table", "squeezed", "multiplied"])
+@pytest.mark.parametrize("spelling", ["expand", "repeat", "table", "unsqueezed", "squeezed", "multiplied"])
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_parameters_without_a_batch_dimension(spelling, batch):
     torch.manual_seed(0)
     model = Positions(spelling)
     x = double(batch, 6, 4)  # six positions: as many as examples, once
     check(model, lambda: mixed_loss(model(x)), batch)
+
+
+@pytest.mark.parametrize("batch", [3, 6])
+def test_a_shared_table_that_multiplies_the_batch_is_refused(batch):
+    model = Positions("scaled")
+    x = double(batch, 6, 4)
+    with pytest.raises(PerExampleError, match=r"'table' \(Embedding\)"):
+        check(model, lambda: mixed_loss(model(x)), batch)

@@ -52,9 +52,18 @@ class Broadcasts:
 
     def meets_batch(self, node: Node, output: int, shape: Sequence[int]) -> bool:
         """Whether some use of the tensor broadcasts it to the batch."""
-        return any(
-            self._is_broadcast(consumer, shape) for consumer, _, used in self._consumers.get(node, ()) if used == output
-        )
+        for consumer, _, used in self._consumers.get(node, ()):
+            if used != output:
+                continue
+            if self._is_broadcast(consumer, shape):
+                return True
+            name, result = consumer.name(), _result_shape(consumer)
+            if name in _PASSED | _BROADCASTS:
+                if self.meets_batch(consumer, 0, result):
+                    return True
+            elif len(result) > len(shape) and result[0] == self._batch_size:
+                return True  # by an operation that cannot be followed, such as a product
+        return False
 
     def is_used(self, node: Node) -> bool:
         """Whether the loss depends on what the node made."""

@@ -109,6 +109,9 @@ class Call:
                 )
         else:
             dim = layer.batch_dim
+            if batch_size == 1 and (grad.ndim <= dim or grad.shape[dim] != 1):
+                # what a single example does not share with others belongs to it all the same
+                x, grad, dim = x.unsqueeze(0), grad.unsqueeze(0), 0
             if not all(t.ndim > dim and t.shape[dim] == batch_size for t in (x, grad)):
                 raise PerExampleError(
                     f"{layer.label} got an input of shape {shape_of(x)}, whose dimension {dim} is not the batch of "

@@ -288,6 +288,11 @@ class PerExampleNorms:
             node, index = output.edge
             if node is not None and self._broadcasts.meets_batch(node, index, output.shape):
                 use.shared = self._broadcasts.collect(node, index, output.shape)
+                if use.shared is None:
+                    raise PerExampleError(
+                        f"all examples share the result of {use.layer.label} and it is not only added to the batch: "
+                        "expand it to the batch first, or leave its parameters out of the measured ones"
+                    )
         for parameters in bare:
             found = [
                 (p, self._broadcasts.collect(accumulation_node(p), 0, p.shape))
