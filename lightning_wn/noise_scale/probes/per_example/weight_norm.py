@@ -1,0 +1,131 @@
+"""Weights that are computed from a gain g and a direction v: gradients by g and v from the gradient by w.
+
+With w_o = v_o · g_o/‖v_o‖ for every unit o, v̂ = v/‖v‖ and G the gradient by w (Salimans & Kingma,
+arXiv 1602.07868, equation 3): ∂g_o = <G_o, v̂_o> and ∂v_o = g_o/‖v_o‖ · (G_o - <G_o, v̂_o> v̂_o). Their squared
+norms need two numbers a unit: row² = |G_o|² and along = <G_o, v̂_o>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from lightning_wn.noise_scale.probes.per_example.forms import Form, Outer, Rows, add_forms, dense_sum
+from lightning_wn.weight_norm.parametrization import WeightNorm, unit_norm
+
+
+@dataclass(frozen=True)
+class WeightNormed:
+    """How one weight is made of g and v.
+
+    Attributes:
+        gain: The parameter g.
+        direction: The parameter v, of the shape of the weight.
+        units: Brings a weight into the shape (units, ...), in the order of g.
+        norm: Computes the norm of each unit of v, of any shape with one element a unit.
+        leading: Whether the units are the rows of the weight's first dimension.
+    """
+
+    gain: nn.Parameter
+    direction: nn.Parameter
+    units: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    leading: bool
+
+    @torch.no_grad()
+    def squared_norms(self, forms: Sequence[Form], shape: torch.Size, measured: frozenset[int]) -> Tensor:
+        """Return |∂g|² + |∂v|² per example, shape (B,).
+
+        Args:
+            forms: The gradient by w of each use of the weight.
+            shape: The shape of the weight.
+            measured: Which of g and v to count, by ``id``.
+        """
+        wide = forms[0].values.dtype if isinstance(forms[0], Rows) else _dtype(forms[0])
+        norm = self.norm(self.direction).to(wide).flatten()
+        # a unit without direction counts as if its norm were 1, and then its v̂ is 0
+        norm = norm.masked_fill(norm == 0, 1.0)
+        ratio_sq = (self.gain.detach().to(wide).flatten() / norm).square()
+        unit = self.units(self.direction.detach()).to(wide).flatten(1) / norm.unsqueeze(1)
+        row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio_sq, self)
+        total = torch.zeros_like(row_sq[:, 0])
+        if id(self.gain) in measured:
+            total = total + along.square().sum(1)
+        if id(self.direction) in measured:
+            # rounding can make the difference of a gradient along v̂ negative
+            total = total + (ratio_sq * (row_sq - along.square()).clamp_min(0)).sum(1)
+        return total
+
+
+def _dtype(form: Form) -> torch.dtype:
+    return form.left.dtype if isinstance(form, Outer) else form.grad.dtype  # type: ignore[union-attr]
+
+
+def _by_unit(
+    forms: Sequence[Form], shape: torch.Size, unit: Tensor, ratio_sq: Tensor, weight: WeightNormed
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row² and along, each (B, units), and g²/‖v‖² of the same units."""
+    if weight.leading and len(forms) == 1:
+        (form,) = forms
+        if isinstance(form, Outer):
+            row_sq, along = form.by_row(unit.reshape(form.left.shape[1], -1, unit.shape[1]))
+            return row_sq, along, ratio_sq
+        if isinstance(form, Rows):
+            rows = form.distinct()
+            along = (rows.values * unit[rows.index]).sum(2)
+            return rows.values.square().sum(2), along, ratio_sq[rows.index]
+    grad = dense_sum(forms, shape)
+    by_unit = torch.vmap(weight.units)(grad).flatten(2)
+    return by_unit.square().sum(2), (by_unit * unit).sum(2), ratio_sq
+
+
+def weight_norm_of(module: nn.Module) -> WeightNormed | None:
+    """Find g and v if the module's ``weight`` is weight-normalized, in any spelling, and nothing else is done to it."""
+    parametrized: Any = getattr(module, "parametrizations", None)
+    if parametrized is not None and list(parametrized) == ["weight"] and len(parametrized.weight) == 1:
+        chain = parametrized.weight
+        step = chain[0]
+        if type(step) is WeightNorm:
+            return _of_this_package(chain.original0, chain.original1, step)
+        if type(step) is parametrizations._WeightNorm:
+            return _of_torch(chain.original0, chain.original1, step.dim)
+    for hook in module._forward_pre_hooks.values():
+        if is_legacy_hook(hook) and hook.name == "weight":  # type: ignore[attr-defined]
+            return _of_torch(module.weight_g, module.weight_v, hook.dim)  # type: ignore[attr-defined, arg-type]
+    return None
+
+
+def is_legacy_hook(hook: object) -> bool:
+    """Whether a forward pre-hook is ``torch.nn.utils.weight_norm``'s."""
+    return (type(hook).__module__, type(hook).__name__) == ("torch.nn.utils.weight_norm", "WeightNorm")
+
+
+def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNorm) -> WeightNormed:
+    layout = step.layout
+    return WeightNormed(
+        gain,
+        direction,
+        units=lambda weight: layout.by_unit(weight).flatten(0, layout.leading - 1),
+        norm=lambda weight: unit_norm(weight, layout),
+        leading=not layout.transposed,
+    )
+
+
+def _of_torch(gain: nn.Parameter, direction: nn.Parameter, dim: int | None) -> WeightNormed:
+    if dim is None or dim == -1:
+        # torch takes -1 for "no dimension": the whole weight is one unit
+        return WeightNormed(
+            gain, direction, lambda weight: weight.unsqueeze(0), lambda weight: weight.norm(), leading=False
+        )
+    return WeightNormed(
+        gain,
+        direction,
+        units=lambda weight: weight.movedim(dim, 0),
+        norm=lambda weight: torch.norm_except_dim(weight, 2, dim),
+        leading=dim == 0,
+    )
