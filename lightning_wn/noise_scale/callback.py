@@ -60,12 +60,14 @@ class GradientNoiseScaleCallback(Callback):
     Args:
         probe: Where gradient samples come from. ``"micro_batch"``: each rank's each micro-batch; needs gradient
             accumulation, DDP, or both. ``"sharded"``: the same under ModelParallelStrategy with FSDP2.
+            ``"per_example"``: each example of a batch, on one device, for layers that do not mix examples.
             ``"consecutive"``: each optimizer step beside the last one, on one device; approximate, and far off
             at large learning rates. ``"auto"`` takes ``sharded`` under ModelParallelStrategy, ``micro_batch``
-            where a step has two micro-batches or more, and ``consecutive`` otherwise.
-        every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10) at which
-            measuring adds about 1 % to training time or less; a resumed run keeps the number that its
-            checkpoint was written with.
+            where a step has two micro-batches or more, ``per_example`` otherwise, and ``consecutive`` for
+            models with BatchNorm or under torch.compile.
+        every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10, and 64 for
+            ``per_example``) at which measuring adds about 1 % to training time or less; a resumed run keeps the
+            number that its checkpoint was written with.
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean of all.
         half_life_steps: The same in optimizer steps: after so many, a measurement counts half.
         confidence: Level of the interval, in (0, 1).
@@ -92,7 +94,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def __init__(
         self,
-        probe: Literal["auto", "micro_batch", "sharded", "consecutive"] = "auto",
+        probe: Literal["auto", "micro_batch", "sharded", "per_example", "consecutive"] = "auto",
         *,
         every_n_steps: int | None = None,
         ema_decay: float = _DEFAULT_EMA_DECAY,

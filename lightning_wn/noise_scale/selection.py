@@ -7,6 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_wn.noise_scale.probes.base import Probe
 from lightning_wn.noise_scale.probes.consecutive import ConsecutiveProbe
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
+from lightning_wn.noise_scale.probes.per_example.probe import PerExampleProbe
+from lightning_wn.noise_scale.probes.per_example.refusals import can_have_examples
 from lightning_wn.noise_scale.probes.sharded import ShardedProbe
 from lightning_wn.noise_scale.run_facts import largest_accumulation
 from lightning_wn.noise_scale.strategies import parameter_placement
@@ -14,6 +16,7 @@ from lightning_wn.noise_scale.strategies import parameter_placement
 PROBES: dict[str, type[Probe]] = {
     MicroBatchProbe.name: MicroBatchProbe,
     ShardedProbe.name: ShardedProbe,
+    PerExampleProbe.name: PerExampleProbe,
     ConsecutiveProbe.name: ConsecutiveProbe,
 }
 
@@ -22,7 +25,8 @@ def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule) -> str
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
     ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has, or by a schedule
-    will have, two or more micro-batches over all ranks. On one device without accumulation, ``consecutive``.
+    will have, two or more micro-batches over all ranks. On one device without accumulation ``per_example``, or
+    ``consecutive`` for models that mix the examples of a batch (BatchNorm) or are compiled.
 
     Raises:
         ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
@@ -37,8 +41,9 @@ def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule) -> str
     if wish == "auto":
         if sharded:
             return ShardedProbe.name
-        several = trainer.world_size * largest_accumulation(trainer) >= 2
-        return MicroBatchProbe.name if several else ConsecutiveProbe.name
+        if trainer.world_size * largest_accumulation(trainer) >= 2:
+            return MicroBatchProbe.name
+        return PerExampleProbe.name if can_have_examples(pl_module) else ConsecutiveProbe.name
     if sharded != (wish == ShardedProbe.name):
         raise ValueError(
             f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "

@@ -36,7 +36,8 @@ def test_ema_decay(decay):
 
 def test_unknown_probe():
     with pytest.raises(
-        ValueError, match=r"`probe` must be one of \['auto', 'micro_batch', 'sharded', 'consecutive'\], got 'micro'"
+        ValueError,
+        match=r"`probe` must be one of \['auto', 'micro_batch', 'sharded', 'per_example', 'consecutive'\], got 'micro'",
     ):
         GradientNoiseScaleCallback("micro")
 

@@ -100,6 +100,11 @@ class PerExampleNorms:
         for slot in self._slots:
             slot.forget()
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are measured."""
+        return list(self._parameters)
+
     def attach(self) -> None:
         """Put the hooks on; they do nothing until a measured forward pass starts.
 

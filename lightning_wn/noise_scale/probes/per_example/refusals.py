@@ -53,6 +53,15 @@ def compiled_modules(model: nn.Module) -> list[str]:
     return compiled
 
 
+def can_have_examples(model: nn.Module) -> bool:
+    """Return whether nothing in the model as a whole keeps examples from having gradients of their own."""
+    try:
+        refuse_model(model)
+    except PerExampleError:
+        return False
+    return True
+
+
 def refuse_model(model: nn.Module) -> None:
     """Raise for a model that as a whole has no exact per-example gradients.
 
