@@ -65,7 +65,7 @@ def benchmark(attention: type[nn.Module], width: int, layers: int, batch: int, l
     probe = PerExampleProbe()
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats + 3):
-        for measured in times:
+        for measured in (False, True):
             start = time.perf_counter()
             if measured:
                 probe.begin(0, 1, model, parameters)

@@ -65,7 +65,7 @@ class GradientNoiseScaleCallback(Callback):
             at large learning rates. ``"auto"`` takes ``sharded`` under ModelParallelStrategy, ``micro_batch``
             where a step has two micro-batches or more, ``per_example`` otherwise, and ``consecutive`` for
             models with BatchNorm or under torch.compile.
-        every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10, and 64 for
+        every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10, and 100 for
             ``per_example``) at which measuring adds about 1 % to training time or less; a resumed run keeps the
             number that its checkpoint was written with.
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean of all.

@@ -32,7 +32,7 @@ class PerExampleProbe:
 
     name: ClassVar[str] = "per_example"
     # a measured step costs about 1.3 plain ones where all layers have rules, 1.7 with MultiheadAttention
-    default_every_n_steps: ClassVar[int] = 64
+    default_every_n_steps: ClassVar[int] = 100
     approximate: ClassVar[str] = ""
     reduces_in_low_precision: bool = False
 
