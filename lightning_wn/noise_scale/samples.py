@@ -50,6 +50,9 @@ class GradientSamples:
             all ranks share.
         grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
+        checksum_sizes: How large each checksum's terms are, the root of their sum of squares, shape
+            (K, NUM_CHECKSUMS); their rounding is in proportion to it, however much they cancel. The checksums'
+            own magnitudes by default.
         grad_checksums: The same functions of ḡ, shape (NUM_CHECKSUMS,), or None.
         grad_in_shards: Whether ``grad_checksums`` is this rank's shard's part, times the ranks over the copies of
             that shard, so that the mean over ranks is the whole; ranks then differ without anything being wrong.
@@ -64,6 +67,7 @@ class GradientSamples:
     weights: Sequence[float]
     grad_sq_norm: Tensor
     checksums: Tensor | None = None
+    checksum_sizes: Tensor | None = None
     grad_checksums: Tensor | None = None
     grad_in_shards: bool = False
     examples: float | Tensor | None = None
@@ -88,8 +92,9 @@ class GradientSamples:
             checksums = torch.zeros(count, NUM_CHECKSUMS, device=device, dtype=dtype)
             grad_checksums = torch.zeros(NUM_CHECKSUMS, device=device, dtype=dtype)
         checksums = checksums.to(dtype)
+        checksum_sizes = checksums if self.checksum_sizes is None else self.checksum_sizes.to(dtype)
         columns = (torch.ones_like(weights), self.sq_norms.to(dtype), 1.0 / sizes, weights / sizes)
-        per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksums.square()), dim=1)
+        per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksum_sizes.square()), dim=1)
         examples = sizes.sum() if self.examples is None else torch.as_tensor(self.examples, dtype=dtype).to(device)
         totals = torch.stack((examples, self.grad_sq_norm.to(dtype)))
         grad_checksums = grad_checksums.to(dtype)
@@ -125,7 +130,7 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
     Args:
         row: Sum over ranks of :meth:`GradientSamples.to_row`.
         checksum_tolerance: Largest allowed difference between the samples' mean checksum and that of each
-            rank's optimizer gradient, relative to the samples' root mean square.
+            rank's optimizer gradient, relative to the root mean square of the checksums' sizes.
 
     Returns:
         A :class:`Measurement` or a :class:`Rejection`.

@@ -226,3 +226,26 @@ def test_plot():
     assert metric.plot()[1] is not ax
     assert metric.plot(ax=ax)[1] is ax
     mpl.pyplot.close("all")
+
+
+def test_a_checksum_that_cancels_is_not_taken_for_a_mismatch():
+    """Rounding to 16 bits is in proportion to the terms of a checksum, not to what is left of them."""
+    terms = torch.tensor([1.0, -0.999, 0.5, -0.5015], dtype=torch.float64)
+    rounded = terms.bfloat16().double()
+    size = float(terms.norm())
+
+    def outcome(grad_check: float):
+        row = GradientSamples(
+            sq_norms=torch.ones(2, dtype=torch.float64),
+            sizes=[4, 4],
+            weights=[1.0, 1.0],
+            grad_sq_norm=torch.tensor(0.8),
+            checksums=torch.full((2, NUM_CHECKSUMS), float(terms.sum())),
+            checksum_sizes=torch.full((2, NUM_CHECKSUMS), size),
+            grad_checksums=torch.full((NUM_CHECKSUMS,), grad_check),
+        ).to_row()
+        return measurement_from_row(row.tolist(), 0.05)
+
+    assert abs(float(rounded.sum() - terms.sum())) > 0.5 * abs(float(terms.sum()))
+    assert outcome(float(rounded.sum())).examples == 8
+    assert outcome(float(terms.sum()) + 0.1 * size) is Rejection.MISMATCH

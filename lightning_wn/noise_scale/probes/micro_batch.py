@@ -130,13 +130,15 @@ class MicroBatchProbe:
             sizes = torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in self._sizes])
         else:
             sizes = [float(size) for size in self._sizes]
+        checksums = torch.stack(self._checksums)
         samples = GradientSamples(
             sq_norms=torch.stack(self._sq_norms),
             sizes=sizes,
             weights=self._weights,
             grad_sq_norm=mean_norms.square().sum(),
-            checksums=torch.stack(self._checksums),
-            grad_checksums=_in_slots(checks, device, dtype) * scale,
+            checksums=checksums[..., 0],
+            checksum_sizes=checksums[..., 1],
+            grad_checksums=_in_slots(checks, device, dtype)[..., 0] * scale,
             full=full,
             irregular=self._irregular,
         )
@@ -202,14 +204,14 @@ def foreach_norms(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _in_slots(checks: Sequence[tuple[int, Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the projections in their slots, shape (NUM_CHECKSUMS,); what did not come is zero."""
+    """Return the projections in their slots, shape (NUM_CHECKSUMS, 2); what did not come is zero."""
     slots = dict(checks)
-    zero = torch.zeros((), device=device)
+    zero = torch.zeros(2, device=device)
     return torch.stack([slots.get(slot, zero).to(dtype) for slot in range(NUM_CHECKSUMS)])
 
 
 class _Projection:
-    """A fixed random linear function of a few elements of one parameter's gradient."""
+    """A fixed random linear function of a few elements of one parameter's gradient, and the size of its terms."""
 
     def __init__(self, parameter: nn.Parameter, slot: int, generator: torch.Generator) -> None:
         self.slot = slot
@@ -224,7 +226,13 @@ class _Projection:
         # a complex gradient projects on its real part
         picked = torch.view_as_real(picked)[..., 0] if picked.is_complex() else picked
         wide = torch.promote_types(picked.dtype, torch.float32)
-        return torch.dot(picked.to(wide), self._signs[: len(picked)].to(wide))
+        return project(picked.to(wide), self._signs[: len(picked)].to(wide))
+
+
+def project(picked: Tensor, signs: Tensor) -> Tensor:
+    """Return the sum of the products and the root of their sum of squares, shape (2,)."""
+    terms = picked * signs
+    return torch.stack((terms.sum(), torch.linalg.vector_norm(terms)))
 
 
 def _choose_projections(parameters: Sequence[nn.Parameter]) -> dict[int, _Projection]:

@@ -20,7 +20,7 @@ from lightning_wn.noise_scale.probes.fsdp_groups import (
     require_torchs_reduce_scatter,
     sharded_data_parallel_size,
 )
-from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
+from lightning_wn.noise_scale.probes.micro_batch import foreach_norms, project
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
 
 _ELEMENTS_PER_CHECKSUM = 64
@@ -98,7 +98,7 @@ class ShardedProbe:
         # filled on the stream of the reduce-scatter, which waits for this one before it starts
         count = len(self._groups)
         norms = {dtype: torch.zeros(count, device=device, dtype=dtype) for dtype in (torch.float32, _DTYPE)}
-        self._backward = _Backward(norms, torch.zeros(NUM_CHECKSUMS, device=device, dtype=_DTYPE))
+        self._backward = _Backward(norms, torch.zeros(NUM_CHECKSUMS, 2, device=device, dtype=_DTYPE))
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Close one sample, or let the micro-batch wait for the backward pass that reduces its gradient too."""
@@ -154,7 +154,8 @@ class ShardedProbe:
             sizes=_stacked(step.sizes, device),
             weights=step.weights,
             grad_sq_norm=mean_sq_norm * scale**2,
-            checksums=torch.stack(step.checksums) if step.layout_known else None,
+            checksums=torch.stack(step.checksums)[..., 0] if step.layout_known else None,
+            checksum_sizes=torch.stack(step.checksums)[..., 1] if step.layout_known else None,
             grad_checksums=checks * scale if step.layout_known else None,
             grad_in_shards=True,
             examples=step.examples,
@@ -212,7 +213,7 @@ class ShardedProbe:
             grad = _local_grad(projection.parameter)
             if projection.slot == slot and grad is not None:
                 group = self._groups[index]
-                return projection.of_shard(grad).to(device, _DTYPE) * (group.shard_size * group.mean_factor)
+                return projection.of_shard(grad)[0].to(device, _DTYPE) * (group.shard_size * group.mean_factor)
         return torch.zeros((), device=device, dtype=_DTYPE)
 
 
@@ -223,7 +224,7 @@ class _Backward:
     norms: dict[torch.dtype, Tensor]
     """Norm of each group's flat gradient, shape (groups,), in the type that it was taken in; zero elsewhere."""
     checks: Tensor
-    """Projections, shape (NUM_CHECKSUMS,)."""
+    """Projections and the sizes of their terms, shape (NUM_CHECKSUMS, 2)."""
     fired: list[int] = field(default_factory=list)
     """Groups in the order in which they were reduced."""
     events: dict[Any, Any] = field(default_factory=dict)
@@ -317,15 +318,15 @@ class _FlatProjection:
         return flat_grad.numel() == self._flat_length
 
     def of_flat(self, flat_grad: Tensor) -> Tensor:
-        return _dot(flat_grad[self._flat_places], self._flat_signs)
+        return _project(flat_grad[self._flat_places], self._flat_signs)
 
     def of_shard(self, grad: Tensor) -> Tensor:
-        return _dot(grad.reshape(-1)[self._shard_places], self._shard_signs)
+        return _project(grad.reshape(-1)[self._shard_places], self._shard_signs)
 
 
-def _dot(picked: Tensor, signs: Tensor) -> Tensor:
+def _project(picked: Tensor, signs: Tensor) -> Tensor:
     wide = torch.promote_types(picked.dtype, torch.float32)
-    return torch.dot(picked.to(wide), signs.to(wide))
+    return project(picked.to(wide), signs.to(wide))
 
 
 def _padded_shard_length(parameter: nn.Parameter, shard_size: int) -> int:
