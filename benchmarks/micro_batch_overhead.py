@@ -149,7 +149,7 @@ def peak_python_memory() -> None:
     parameters = list(model.parameters())
     tracemalloc.start()
     probe.begin(0, 1, model, parameters)
-    held = sum(p._places[0].numel() * 8 * len(p._places) + p._signs.numel() * 4 for p in probe._projections.values())
+    held = sum(p._places[0].numel() * 8 * len(p._places) + p.signs.numel() * 4 for p in probe._projections.values())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     for _ in range(2):
         batch = torch.randint(0, 512, (2, 65))

@@ -208,6 +208,6 @@ def test_sparse_gradients_are_refused_in_a_sentence():
     probe = MicroBatchProbe()
     probe.begin(0, 1, model, [model.weight])
     probe.before_backward()
-    with pytest.raises(ValueError, match=r"sparse gradient of a parameter of shape \(6, 5\); look it up with"):
+    with pytest.raises(ValueError, match=r"sparse_coo gradient of a parameter of shape \(6, 5\); look it up with"):
         loss(None).backward()
     probe.detach()

@@ -43,7 +43,7 @@ class MicroBatchProbe:
         # of the running backward pass; the hooks hold on to these lists
         self._fired: list[int] = []
         self._norms: list[Tensor] = []
-        self._checks: list[tuple[int, Tensor]] = []
+        self._checks: list[tuple[_Projection, Tensor]] = []
         self._forget_step()
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
@@ -100,11 +100,14 @@ class MicroBatchProbe:
         self._irregular |= len(set(self._fired)) < len(self._fired)
         device = self._parameters[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        norms = torch.stack(self._norms).to(dtype) if self._norms else torch.zeros((), device=device, dtype=dtype)
-        checks = _in_slots(self._checks, device, dtype)
+        norms = torch.zeros((), device=device, dtype=dtype)
+        if self._norms:
+            norms = torch.stack(self._norms).detach().to(dtype)
+        checksums, sizes = _project(self._checks, device, dtype)
         factor = 1.0 / weight if loss_scale is None else 1.0 / (weight * loss_scale.to(dtype))
         self._sq_norms.append((norms * factor).square().sum())
-        self._checksums.append(checks * factor)
+        self._checksums.append(checksums * factor)
+        self._checksum_sizes.append(sizes * factor)
         self._sizes.append(size)
         self._weights.append(weight)
         self._forget_backward()
@@ -120,8 +123,8 @@ class MicroBatchProbe:
         grads = [p.grad for p in self._parameters if p.grad is not None]
         norms = foreach_norms(grads)
         mean_norms = torch.stack(norms).to(dtype) * scale if norms else torch.zeros(1, device=device, dtype=dtype)
-        checks = [
-            (projection.slot, projection(grad))
+        picks = [
+            (projection, projection.pick(grad))
             for index, projection in self._projections.items()
             if (grad := self._parameters[index].grad) is not None
         ]
@@ -130,15 +133,14 @@ class MicroBatchProbe:
             sizes = torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in self._sizes])
         else:
             sizes = [float(size) for size in self._sizes]
-        checksums = torch.stack(self._checksums)
         samples = GradientSamples(
             sq_norms=torch.stack(self._sq_norms),
             sizes=sizes,
             weights=self._weights,
             grad_sq_norm=mean_norms.square().sum(),
-            checksums=checksums[..., 0],
-            checksum_sizes=checksums[..., 1],
-            grad_checksums=_in_slots(checks, device, dtype)[..., 0] * scale,
+            checksums=torch.stack(self._checksums),
+            checksum_sizes=torch.stack(self._checksum_sizes),
+            grad_checksums=_project(picks, device, dtype)[0] * scale,
             full=full,
             irregular=self._irregular,
         )
@@ -164,27 +166,29 @@ class MicroBatchProbe:
         self._irregular = False
         self._sq_norms: list[Tensor] = []
         self._checksums: list[Tensor] = []
+        self._checksum_sizes: list[Tensor] = []
         self._sizes: list[float | Tensor] = []
         self._weights: list[float] = []
 
     def _hook(self, index: int, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        # called once a parameter and backward pass: what can be settled here is not settled there
+        # runs between the kernels of the backward pass with cold caches: every line here costs, so none does
+        # what can be done before or after
         fired, norms, checks = self._fired, self._norms, self._checks
         projection = self._projections.get(index)
-        dtype = _norm_dtype(parameter)
+        vector_norm, dtype = torch.linalg.vector_norm, _norm_dtype(parameter)
 
         def see_gradient(grad: Tensor) -> None:
             if self._recording:
-                if grad.is_sparse:
-                    raise ValueError(
-                        f"`GradientNoiseScaleCallback` cannot read the sparse gradient of a parameter of shape "
-                        f"{tuple(grad.shape)}; look it up with `sparse=False`."
-                    )
                 fired.append(index)
-                grad = grad.detach()
-                norms.append(torch.linalg.vector_norm(grad, dtype=dtype))
+                try:
+                    norms.append(vector_norm(grad) if dtype is None else vector_norm(grad, dtype=dtype))
+                except NotImplementedError as error:
+                    raise ValueError(
+                        f"`GradientNoiseScaleCallback` cannot read the {grad.layout} gradient of a parameter of shape "
+                        f"{tuple(grad.shape)}; look it up with `sparse=False`."
+                    ) from error
                 if projection is not None:
-                    checks.append((projection.slot, projection(grad)))
+                    checks.append((projection, projection.pick(grad)))
 
         return see_gradient
 
@@ -196,43 +200,44 @@ def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def foreach_norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """Return |grad| of each gradient in few kernels, in float32 at least."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        groups.setdefault(grad.dtype, []).append(grad)
     norms: list[Tensor] = []
-    for dtype in {grad.dtype for grad in grads}:
-        group = [grad for grad in grads if grad.dtype == dtype]
+    for group in groups.values():
         norms += torch._foreach_norm(group, 2, dtype=_norm_dtype(group[0]))
     return norms
 
 
-def _in_slots(checks: Sequence[tuple[int, Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the projections in their slots, shape (NUM_CHECKSUMS, 2); what did not come is zero."""
-    slots = dict(checks)
-    zero = torch.zeros(2, device=device)
-    return torch.stack([slots.get(slot, zero).to(dtype) for slot in range(NUM_CHECKSUMS)])
-
-
 class _Projection:
-    """A fixed random linear function of a few elements of one parameter's gradient, and the size of its terms."""
+    """A fixed random linear function of a few elements of one parameter's gradient."""
 
     def __init__(self, parameter: nn.Parameter, slot: int, generator: torch.Generator) -> None:
         self.slot = slot
-        shape, device = parameter.shape, parameter.device
-        count = min(_ELEMENTS_PER_CHECKSUM, parameter.numel())
-        places = [torch.randint(length, (count,), generator=generator).to(device) for length in shape]
-        self._places = tuple(places)
-        self._signs = torch.randn(count, generator=generator).to(device)
+        places = [torch.randint(length, (_ELEMENTS_PER_CHECKSUM,), generator=generator) for length in parameter.shape]
+        self._places = tuple(place.to(parameter.device) for place in places)
+        signs = torch.randn(_ELEMENTS_PER_CHECKSUM, generator=generator)
+        self.signs = signs.to(parameter.device)
 
-    def __call__(self, grad: Tensor) -> Tensor:
-        picked = grad[self._places] if self._places else grad.reshape(1)
-        # a complex gradient projects on its real part
-        picked = torch.view_as_real(picked)[..., 0] if picked.is_complex() else picked
-        wide = torch.promote_types(picked.dtype, torch.float32)
-        return project(picked.to(wide), self._signs[: len(picked)].to(wide))
+    def pick(self, grad: Tensor) -> Tensor:
+        """Return the elements, shape (_ELEMENTS_PER_CHECKSUM,)."""
+        return grad[self._places] if self._places else grad.expand(_ELEMENTS_PER_CHECKSUM)
 
 
-def project(picked: Tensor, signs: Tensor) -> Tensor:
-    """Return the sum of the products and the root of their sum of squares, shape (2,)."""
-    terms = picked * signs
-    return torch.stack((terms.sum(), torch.linalg.vector_norm(terms)))
+def _project(
+    picks: Sequence[tuple[_Projection, Tensor]], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the projections in their slots, and the size of their terms, each of shape (NUM_CHECKSUMS,).
+
+    What did not come is zero. A complex gradient is projected on its real part.
+    """
+    terms: list[Tensor] = [torch.zeros(_ELEMENTS_PER_CHECKSUM, device=device, dtype=dtype)] * NUM_CHECKSUMS
+    for projection, picked in picks:
+        real = torch.view_as_real(picked)[..., 0] if picked.is_complex() else picked
+        terms[projection.slot] = real.detach().to(dtype) * projection.signs
+    stacked = torch.stack(terms)
+    sizes: Tensor = torch.linalg.vector_norm(stacked, dim=1)
+    return stacked.sum(1), sizes
 
 
 def _choose_projections(parameters: Sequence[nn.Parameter]) -> dict[int, _Projection]:

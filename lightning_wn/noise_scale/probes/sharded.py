@@ -20,7 +20,7 @@ from lightning_wn.noise_scale.probes.fsdp_groups import (
     require_torchs_reduce_scatter,
     sharded_data_parallel_size,
 )
-from lightning_wn.noise_scale.probes.micro_batch import foreach_norms, project
+from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
 
 _ELEMENTS_PER_CHECKSUM = 64
@@ -326,7 +326,8 @@ class _FlatProjection:
 
 def _project(picked: Tensor, signs: Tensor) -> Tensor:
     wide = torch.promote_types(picked.dtype, torch.float32)
-    return project(picked.to(wide), signs.to(wide))
+    terms = picked.to(wide) * signs.to(wide)
+    return torch.stack((terms.sum(), torch.linalg.vector_norm(terms)))
 
 
 def _padded_shard_length(parameter: nn.Parameter, shard_size: int) -> int:
