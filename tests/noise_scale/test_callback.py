@@ -398,12 +398,12 @@ class TestLifeCycle:
         states = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"]
         assert float(states[callback.state_key]["counts"][0]) == 4
 
-    def test_learning_rate_finder(self):
+    def test_learning_rate_finder(self, tmp_path):
         finder = LearningRateFinder(num_training_steps=8)
         model, data = DigitsMLP(lr=1e-4), digits()
         callback = GradientNoiseScaleCallback(every_n_steps=1)
         settings = QUIET | {"enable_checkpointing": True, "max_steps": 20, "accumulate_grad_batches": 2}
-        L.Trainer(callbacks=[finder, callback], **settings).fit(model, loader(data))
+        L.Trainer(callbacks=[finder, callback], default_root_dir=tmp_path, **settings).fit(model, loader(data))
         assert callback.estimate().num_measurements == 20
         assert callback._metric.rejected == dict.fromkeys(Rejection, 0)
 
