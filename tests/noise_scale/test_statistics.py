@@ -226,3 +226,15 @@ def test_says_infinity_where_the_gradient_drowns_in_noise():
         infinite += moments.interval(0.95)[1] == math.inf
     # a gradient of zero looks positive in 2.5 % of runs by construction
     assert infinite >= 93
+
+
+def test_an_infinite_noise_scale_has_no_finite_upper_end():
+    """Also where small ratios alone would pass the t-test: |G|² below zero, tr Σ hardly above it."""
+    moments = PairMoments()
+    for x, y in [(-1.0, 0.9), (-1.01, -0.7), (-0.99, 0.8), (-1.0, -0.6)]:
+        moments = moments.updated(x, y, 1.0)
+    assert math.isfinite(moments.interval(0.95)[1])
+    estimate = NoiseScaleEstimate.from_moments(
+        moments, batch_size=32, num_measurements=4, coverage=1.0, unit="examples", probe="", confidence=0.95
+    )
+    assert (estimate.noise_scale, estimate.upper) == (math.inf, math.inf)
