@@ -78,8 +78,7 @@ class GradientSamples:
     def to_row(self) -> Tensor:
         """Return this rank's sums, shape (ROW_SIZE,), on the samples' device, without waiting for it."""
         device = self.sq_norms.device
-        # small and big squared norms nearly cancel where the batch is large: sum in float64 where it exists
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = summing_dtype(device)
         count = len(self.weights)
         micro_batches = count if self.micro_batches is None else self.micro_batches
         head = [1.0, float(self.full), float(self.irregular), float(count), float(micro_batches)]
@@ -164,6 +163,11 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
         ranks=round(ranks),
         full=row[_FULL] == ranks,
     )
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Return float64 where the device has it: small and big squared norms nearly cancel at large batches."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -17,11 +17,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from count_ops import CountOps
 from frozen_digits import QUIET, DigitsMLP, digits, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
@@ -59,21 +59,6 @@ def bit_for_bit(folder):
         trainer.fit(model, loader(digits(700), drop_last=False))
         states.append(model.state_dict())
     return all(torch.equal(states[1][key], value) for key, value in states[0].items())
-
-
-class CountOps(TorchDispatchMode):
-    """Counts collectives and host reads per optimizer step."""
-
-    def __init__(self, trainer):
-        super().__init__()
-        self.trainer = trainer
-        self.counts: dict[int, list[int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        entry = self.counts.setdefault(self.trainer.global_step, [0, 0])
-        entry[0] += func.namespace == "c10d"
-        entry[1] += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def collectives(folder):

@@ -17,6 +17,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from count_ops import CountOps
 from frozen_digits import QUIET, DigitsMLP, digits, loader
 from lightning.pytorch.strategies import ModelParallelStrategy
 from sharded_pair_scenarios import (
@@ -34,7 +35,6 @@ from sharded_pair_scenarios import (
 from sharded_pairs import comms
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_wn import GradientNoiseScaleCallback
 
@@ -159,21 +159,6 @@ def random_numbers(folder):
         model_parallel(callbacks, max_steps=3).fit(ShardedDigits(), loader(digits()))
         draws.append(torch.rand(1).item())
     return draws[0] == draws[1]
-
-
-class CountOps(TorchDispatchMode):
-    """Counts collectives and host reads per optimizer step."""
-
-    def __init__(self, trainer):
-        super().__init__()
-        self.trainer = trainer
-        self.counts: dict[int, list[int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        entry = self.counts.setdefault(self.trainer.global_step, [0, 0])
-        entry[0] += func.namespace in ("c10d", "_c10d_functional")
-        entry[1] += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def collectives(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_wn.noise_scale.probes.base import same_parameters
 from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
-from lightning_wn.noise_scale.samples import GradientSamples
+from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
 
 
 class ConsecutiveProbe:
@@ -59,7 +59,7 @@ class ConsecutiveProbe:
     def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Start a step; a kept gradient of another step or of other parameters is dropped."""
         parameters = tuple(parameters)
-        unchanged = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
+        unchanged = same_parameters(parameters, self._parameters)
         # beyond a cadence of one, pairs are separate
         starts_pair = every_n_steps > 1 and step % every_n_steps == 0
         if starts_pair or step != self._step + 1 or not unchanged:
@@ -86,7 +86,7 @@ class ConsecutiveProbe:
         if not self._weight:
             return None
         device = self._parameters[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = summing_dtype(device)
         factor = 1.0 / self._weight
         scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
         present = [p.grad is not None for p in self._parameters]

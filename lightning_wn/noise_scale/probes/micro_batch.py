@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_wn.noise_scale.probes.base import same_parameters
 from lightning_wn.noise_scale.run_facts import largest_accumulation
-from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
+from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, summing_dtype
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _ELEMENTS_PER_CHECKSUM = 64
@@ -72,10 +73,7 @@ class MicroBatchProbe:
     def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Start a step; hooks are set anew only where the parameters changed."""
         parameters = tuple(parameters)
-        same = len(parameters) == len(self._parameters) and all(
-            new is old for new, old in zip(parameters, self._parameters, strict=True)
-        )
-        if not same:
+        if not same_parameters(parameters, self._parameters):
             self.detach()
             self._parameters = parameters
             self._projections = _choose_projections(parameters)
@@ -99,7 +97,7 @@ class MicroBatchProbe:
         # the parts of a gradient that arrives twice in one pass cannot be told from two samples
         self._irregular |= len(set(self._fired)) < len(self._fired)
         device = self._parameters[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = summing_dtype(device)
         norms = torch.zeros((), device=device, dtype=dtype)
         if self._norms:
             norms = torch.stack(self._norms).detach().to(dtype)

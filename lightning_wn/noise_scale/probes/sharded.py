@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_wn.noise_scale.probes.base import same_parameters
 from lightning_wn.noise_scale.probes.fsdp_groups import (
     ShardedGroup,
     read_sharded_groups,
@@ -72,10 +73,7 @@ class ShardedProbe:
             ValueError: For a model or optimizer that cannot be read, with a sentence that says what to change.
         """
         parameters = tuple(parameters)
-        same = len(parameters) == len(self._parameters) and all(
-            new is old for new, old in zip(parameters, self._parameters, strict=True)
-        )
-        if not same or not self._taps:
+        if not self._taps or not same_parameters(parameters, self._parameters):
             self.detach()
             groups = read_sharded_groups(model)
             require_own_parameters(model, groups, parameters)

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_wn.noise_scale.probes.base import same_parameters
 from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
 from lightning_wn.noise_scale.probes.per_example.engine import PerExampleNorms
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError
-from lightning_wn.noise_scale.samples import GradientSamples
+from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
 
 _Result = TypeVar("_Result")
 
@@ -69,10 +70,8 @@ class PerExampleProbe:
     def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Start a step; the hooks are set anew only where the parameters changed."""
         parameters = tuple(parameters)
-        same = len(parameters) == len(self._parameters) and all(
-            new is old for new, old in zip(parameters, self._parameters, strict=True)
-        )
-        if self._norms is None or model is not self._model or not same:
+        same = model is self._model and same_parameters(parameters, self._parameters)
+        if self._norms is None or not same:
             self.detach()
             self._attach(model, parameters)
         self._forget_step()
@@ -96,7 +95,7 @@ class PerExampleProbe:
         sq_norms = self._try(lambda norms: norms.after_backward())
         if sq_norms is None:
             return
-        dtype = torch.float32 if sq_norms.device.type == "mps" else torch.float64
+        dtype = summing_dtype(sq_norms.device)
         count = len(sq_norms)
         factor = count / weight if loss_scale is None else count / (weight * loss_scale.to(dtype))
         self._sq_norms.append(sq_norms.to(dtype) * factor**2)

@@ -33,7 +33,7 @@ class Verification:
         self._arrived: dict[int, Tensor] = {}
         self._expected: dict[int, Tensor] = {}
         self._low_precision = False
-        self._handles = [p.register_hook(self._hook(id(p))) for p in parameters]  # type: ignore[no-untyped-call]
+        self._handles = [p.register_hook(self._hook(id(p))) for p in parameters]  # type: ignore[no-untyped-call]  # torch's
 
     def _hook(self, key: int) -> Any:
         def see(grad: Tensor) -> None:

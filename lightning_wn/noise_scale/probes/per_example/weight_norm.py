@@ -63,7 +63,7 @@ class WeightNormed:
 
 
 def _dtype(form: Form) -> torch.dtype:
-    return form.left.dtype if isinstance(form, Outer) else form.grad.dtype  # type: ignore[union-attr]
+    return form.left.dtype if isinstance(form, Outer) else form.grad.dtype  # type: ignore[union-attr]  # the other two have it
 
 
 def _by_unit(
@@ -95,8 +95,9 @@ def weight_norm_of(module: nn.Module) -> WeightNormed | None:
         if type(step) is parametrizations._WeightNorm:
             return _of_torch(chain.original0, chain.original1, step.dim)
     for hook in module._forward_pre_hooks.values():
-        if is_legacy_hook(hook) and hook.name == "weight":  # type: ignore[attr-defined]
-            return _of_torch(module.weight_g, module.weight_v, hook.dim)  # type: ignore[attr-defined, arg-type]
+        if is_legacy_hook(hook) and hook.name == "weight":  # type: ignore[attr-defined]  # torch's WeightNorm
+            g, v = module.weight_g, module.weight_v
+            return _of_torch(g, v, hook.dim)  # type: ignore[attr-defined, arg-type]  # where its hook puts them
     return None
 
 
