@@ -14,17 +14,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.lightning_imports import require_lightning_trainer
+from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
 from lightning_wn.weight_norm.checkpoint import fold_on_load
 from lightning_wn.weight_norm.optimizers import check_optimizers
 from lightning_wn.weight_norm.reparametrization import fold, has_plain_weight, rewrite
-from lightning_wn.weight_norm.selection import (
-    ModuleSelection,
-    ModuleSelector,
-    NamedLayer,
-    Selection,
-    as_selectors,
-    select,
-)
+from lightning_wn.weight_norm.selection import NamedLayer, Selection, select
 
 # callbacks of Lightning that copy the model in their own `setup`, and later pair parameters by position
 _COPIES_MODEL = ("WeightAveraging", "StochasticWeightAveraging")

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lightning_wn.module_selectors import ModuleSelection
 from lightning_wn.weight_norm.layers import LayerRule, rule_for
 from lightning_wn.weight_norm.parametrization import UnitLayout, WeightNorm, decompose
-from lightning_wn.weight_norm.selection import ModuleSelection, NamedLayer, select
+from lightning_wn.weight_norm.selection import NamedLayer, select
 from lightning_wn.weight_norm.sharing import check_sharing
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
-from lightning_wn.weight_norm.layers import DEFAULT_TYPES, rule_for, supported_names
-
-ModuleSelector: TypeAlias = type[nn.Module] | str | Callable[[str, nn.Module], bool]
-# the order matters to jsonargparse: behind a Callable it can no longer write out a list or a string
-ModuleSelection: TypeAlias = Sequence[ModuleSelector] | ModuleSelector
-
-_ALLOWED = (
-    'a type such as `nn.Linear` or "torch.nn.Linear", a glob on qualified names such as "encoder.*", '
-    "a predicate (name, module) -> bool, or a list of these"
+from lightning_wn.module_selectors import (
+    ALLOWED_SELECTORS,
+    ModuleSelection,
+    ModuleSelector,
+    as_selectors,
+    matcher,
+    show_selection,
 )
+from lightning_wn.weight_norm.layers import DEFAULT_TYPES, rule_for, supported_names
 
 
 @dataclass(frozen=True)
@@ -53,28 +49,6 @@ class Selection:
 
     layers: tuple[NamedLayer, ...]
     misses: tuple[str, ...]
-
-
-def as_selectors(argument: str, value: ModuleSelection) -> tuple[ModuleSelector, ...]:
-    """Check a ``modules`` or ``exclude`` argument and return its entries.
-
-    Args:
-        argument: The argument's name for the error.
-        value: One entry or a sequence of them.
-
-    Raises:
-        TypeError: If an entry is none of what is allowed.
-
-    Example:
-        >>> as_selectors("modules", "encoder.*")
-        ('encoder.*',)
-    """
-    entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for entry in entries:
-        is_other_type = isinstance(entry, type) and not issubclass(entry, nn.Module)
-        if is_other_type or not (isinstance(entry, str) or callable(entry)) or isinstance(entry, nn.Module):
-            raise TypeError(f"`{argument}` got {entry!r}, but each entry must be {_ALLOWED}.")
-    return entries
 
 
 def select(root: nn.Module, modules: ModuleSelection | None, exclude: ModuleSelection) -> Selection:
@@ -115,7 +89,7 @@ def select(root: nn.Module, modules: ModuleSelection | None, exclude: ModuleSele
     unsupported = [str(layer) for layer in selected if rule_for(layer.module) is None]
     if unsupported:
         raise ValueError(
-            f"`modules={_show(modules)}` selects {', '.join(unsupported)}, but only modules of the types "
+            f"`modules={show_selection(modules)}` selects {', '.join(unsupported)}, but only modules of the types "
             f"{supported_names()} can be weight-normalized: narrow `modules`, or add this name to `exclude`."
         )
     return Selection(tuple(selected), tuple(misses))
@@ -151,9 +125,9 @@ def _matching(
     hits: set[int] = set()
     entries = tuple(entries)
     if argument == "modules" and not entries:
-        misses.append(f"`modules=()` selects nothing: pass None for the default types, or {_ALLOWED}.")
+        misses.append(f"`modules=()` selects nothing: pass None for the default types, or {ALLOWED_SELECTORS}.")
     for entry in entries:
-        matches = _matcher(entry)
+        matches = matcher(entry)
         found = {id(layer.module) for layer in candidates if any(matches(n, layer.module) for n in layer.names)}
         if not found:
             misses.append(_miss(argument, entry, root, matches))
@@ -161,45 +135,17 @@ def _matching(
     return [layer for layer in candidates if id(layer.module) in hits]
 
 
-def _matcher(entry: ModuleSelector) -> Callable[[str, nn.Module], bool]:
-    if isinstance(entry, str):
-        named_type = _imported_type(entry)
-        if named_type is None:
-            pattern = entry
-            return lambda name, module: fnmatch.fnmatchcase(name, pattern)
-        entry = named_type
-    if isinstance(entry, type):
-        wanted = entry
-        return lambda name, module: isinstance(module, wanted)
-    return entry
-
-
-def _imported_type(path: str) -> type[nn.Module] | None:
-    """Return the module class of this dotted path if it is imported already; never import for a name."""
-    package, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(package), name, None) if package else None
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-
-
 def _miss(argument: str, entry: ModuleSelector, root: nn.Module, matches: Callable[[str, nn.Module], bool]) -> str:
     where = type(root).__name__
     others = [f"{name!r} ({type(module).__name__})" for name, module in root.named_modules() if matches(name, module)]
     if not others:
         return (
-            f"`{argument}={_show(entry)}` matches no module of {where}: an entry must be {_ALLOWED}; "
+            f"`{argument}={show_selection(entry)}` matches no module of {where}: an entry must be {ALLOWED_SELECTORS}; "
             "correct it or leave it out."
         )
     shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
     inner = f'; to mean the layers inside a module, write "{entry}.*"' if isinstance(entry, str) else ""
     return (
-        f"`{argument}={_show(entry)}` matches {shown} in {where}, and none of these owns a weight that could "
+        f"`{argument}={show_selection(entry)}` matches {shown} in {where}, and none of these owns a weight that could "
         f"be normalized: only modules of the types {supported_names()} can{inner}."
     )
-
-
-def _show(selection: ModuleSelection | None) -> str:
-    if isinstance(selection, type):
-        return selection.__qualname__
-    if isinstance(selection, str) or selection is None or not isinstance(selection, Sequence):
-        return repr(selection)
-    return "[" + ", ".join(_show(entry) for entry in selection) + "]"
