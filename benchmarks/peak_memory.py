@@ -39,6 +39,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        """Run one operation and count what it makes."""
         kwargs = kwargs or {}
         # views and results written in place have the storage of an argument, which may be older than the block
         known = {_storage(t)._cdata for t in pytree.tree_leaves((args, kwargs)) if _is_plain(t)}
