@@ -13,17 +13,18 @@ import argparse
 import logging
 import statistics
 import time
-import tracemalloc
 import warnings
 from typing import Any
 
 import lightning as L
 import torch
+from peak_memory import peak_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 
 MODES = ("plain", "probe", "floor")
 
@@ -59,6 +60,8 @@ class Turns(L.Callback):
         return MODES[trainer.global_step % len(MODES)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # one micro-batch on one device stands for a rank of DDP, which the callback itself would not take it for
+        self.callback._measurements[0].attach(trainer.optimizers[0], pl_module, alone=True)
         self.callback.on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -106,7 +109,7 @@ def benchmark(accumulate: int, steps: int, sequence: int = 64) -> None:
     model = Transformer()
     micro_batch = 1024 // sequence // accumulate
     data = torch.randint(0, 512, (micro_batch * accumulate * 8, sequence + 1))
-    callback = GradientNoiseScaleCallback(every_n_steps=1)
+    callback = GradientNoiseScaleCallback("micro_batch", every_n_steps=1)
     turns = Turns(callback, warmup=2 * len(MODES))
     trainer = L.Trainer(
         accelerator="cpu",
@@ -142,29 +145,37 @@ def benchmark(accumulate: int, steps: int, sequence: int = 64) -> None:
     print(f"  at the defaults (one step in {cadence}): {amortised:.4f}x plain  (at most 1.01)")
 
 
-def peak_python_memory() -> None:
-    """Peak of what one measured window allocates beyond the gradients themselves, in tensors' bytes."""
+def peak_memory() -> None:
+    """Print the peak of what a step with two micro-batches makes, with the probe and without it."""
     model = Transformer()
-    callback = GradientNoiseScaleCallback(every_n_steps=1)
-    probe = callback._measurements[0].probe
     parameters = list(model.parameters())
-    tracemalloc.start()
-    probe.begin(0, 1, model, MeasuredParameters(parameters))
+    batches = torch.randint(0, 512, (2, 2, 65))
+    probe, measured = MicroBatchProbe(), MeasuredParameters(parameters)
+    probe.begin(0, 1, model, measured)
+
+    def step(*, with_probe: bool) -> None:
+        if with_probe:
+            probe.begin(0, 1, model, measured)
+        for index, batch in enumerate(batches):
+            if with_probe:
+                probe.before_backward()
+            (model.training_step(batch, index) / 2).backward()
+            if with_probe:
+                probe.after_backward(2, 0.5, None)
+        if with_probe:
+            samples = probe.finish(None, full=True)
+            assert samples is not None
+            samples.to_row()
+        for parameter in parameters:
+            parameter.grad = None
+
+    plain, measured_step = (peak_bytes(lambda kind=kind: step(with_probe=kind)) for kind in (False, True))
     held = sum(p._places[0].numel() * 8 * len(p._places) + p.signs.numel() * 4 for p in probe._projections.values())
-    parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    for _ in range(2):
-        batch = torch.randint(0, 512, (2, 65))
-        probe.before_backward()
-        (model.training_step(batch, 0) / 2).backward()
-        norms = sum(n.element_size() for n in probe._norms)
-        probe.after_backward(2, 0.5, None)
-    held += norms + sum(t.numel() * t.element_size() for t in [*probe._sq_norms, *probe._checksums])
-    python_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    probe.detach()
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    extra = measured_step - plain + held
     print(
-        f"\ntensors held by the probe in a measured window: {held} bytes = {held / parameter_bytes:.5%} of the "
-        f"parameters' {parameter_bytes / 2**20:.1f} MiB; Python objects at the peak: {python_bytes / 2**10:.0f} KiB"
+        f"\npeak memory of tensors: the probe adds {extra} bytes to a step, {extra / size:.4%} of the parameters' {size} "
+        "bytes (at most 1 %)"
     )
 
 
@@ -177,4 +188,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for accumulate in (1, 2, 4):
         benchmark(accumulate, arguments.steps)
-    peak_python_memory()
+    peak_memory()
