@@ -80,12 +80,12 @@ def rule_for(module: nn.Module) -> Rule | None:
             continue
         if cls in _ANY_FORWARD:
             return _RULES[cls]
-        return _RULES[cls] if _computes_like(module, cls) else None
+        return _RULES[cls] if computes_like(module, cls) else None
     return None
 
 
-def _computes_like(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether no method between the class and the instance was overridden that forward is made of."""
+def computes_like(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether no method that the class's forward is made of was overridden in the module or its own class."""
     if "forward" in vars(module):
         return False
     methods = [name for name in ("forward", "_conv_forward", "_norm", "_output_padding") if hasattr(cls, name)]
