@@ -204,6 +204,9 @@ def _use(
 
 
 def _saved_tensors_are_packed() -> bool:
-    """Whether saved tensors go through hooks (checkpointing, offloading), which bear being read only once."""
+    """Whether saved tensors go through hooks (checkpointing, offloading), which bear being read only once.
+
+    PyTorch 2.6 does not tell; there it is taken for true.
+    """
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
