@@ -1,7 +1,8 @@
 """What a step costs that the per-example probe measures, beside a plain one, in the same run.
 
-Small transformers at three shapes, with attention made of Linear layers and with ``nn.MultiheadAttention``. Plain and measured steps take turns. Run it
-with ``python benchmarks/per_example_overhead.py`` where lightning_wn is installed.
+Small transformers at three shapes, with attention made of Linear layers and with ``nn.MultiheadAttention``. Plain
+and measured steps take turns. Run it with ``python benchmarks/per_example_overhead.py`` where lightning_wn is
+installed.
 """
 
 from __future__ import annotations
