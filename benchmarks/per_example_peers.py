@@ -15,14 +15,13 @@ import argparse
 import copy
 import importlib
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from peak_memory import peak_bytes
-from per_example_overhead import Block, LinearAttention
+from per_example_overhead import Block, LinearAttention, clock
 from torch import Tensor, nn
 
 from lightning_wn.noise_scale.probes.per_example import PerExampleNorms
@@ -182,7 +181,7 @@ def try_out(tool: str, body: nn.Module, x: Tensor, labels: Tensor) -> tuple[Step
     return None
 
 
-def compare(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) -> None:
+def compare(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int, now: Callable[[], float]) -> None:
     torch.manual_seed(0)
     body, x, labels = make()
     found = {tool: try_out(tool, body, x, labels) for tool in TOOLS}
@@ -191,10 +190,10 @@ def compare(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
     times: dict[str, list[float]] = {tool: [] for tool in steps}
     for repeat in range(repeats + 2):
         for tool, step in steps.items():
-            start = time.perf_counter()
+            start = now()
             step()
             if repeat >= 2:
-                times[tool].append(time.perf_counter() - start)
+                times[tool].append(now() - start)
     memory = {tool: peak_bytes(step) for tool, step in steps.items()}
     base, reference = statistics.median(times["plain"]), first["this package"]
     for tool, seconds in times.items():
@@ -215,10 +214,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds; with --threads 1 on a busy machine")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, medians of {arguments.repeats}")
     for title, make in MODELS.items():
         print(title, flush=True)
-        compare(make, arguments.repeats)
+        compare(make, arguments.repeats, clock(cpu_time=arguments.cpu_time))
