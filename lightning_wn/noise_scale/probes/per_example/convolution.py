@@ -41,14 +41,12 @@ def patches(
     x = x.contiguous()
     batch, channels, *_ = x.shape
     batch_step, channel_step, *steps = x.stride()
-    size = (batch, groups, channels // groups, *positions, *kernel)
+    # positions last: copied in runs as long as a row of the input, not of a window
+    size = (batch, groups, channels // groups, *kernel, *positions)
     move = [step * s for step, s in zip(steps, stride, strict=True)]
     inside = [step * d for step, d in zip(steps, dilation, strict=True)]
-    windows = x.as_strided(size, (batch_step, channel_step * (channels // groups), channel_step, *move, *inside))
-    spatial = len(positions)
-    # (N, G, C/G, *positions, *kernel) -> (N, G, *positions, C/G, *kernel)
-    windows = windows.movedim(2, 2 + spatial)
-    return windows.flatten(3 + spatial - 1).flatten(2, 1 + spatial)
+    windows = x.as_strided(size, (batch_step, channel_step * (channels // groups), channel_step, *inside, *move))
+    return windows.reshape(batch, groups, channels // groups * math.prod(kernel), math.prod(positions)).mT
 
 
 def _windows_times(
