@@ -1,8 +1,8 @@
 """What a step costs that the per-example probe measures, beside a plain one, in the same run.
 
-Small transformers at three shapes, with attention made of Linear layers (each has a closed form) and with
-``nn.MultiheadAttention`` (which is run again example by example). Plain and measured steps take turns. Run it
-with ``python benchmarks/per_example_overhead.py`` where lightning_wn is installed.
+Small transformers at three shapes, with attention made of Linear layers and with ``nn.MultiheadAttention``. Plain
+and measured steps take turns. Run it with ``python benchmarks/per_example_overhead.py`` where lightning_wn is
+installed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,16 @@ class LinearAttention(nn.Module):
         return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class TorchAttention(nn.MultiheadAttention):
+class TorchAttention(nn.Module):
     """``nn.MultiheadAttention`` as self-attention."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, 4, batch_first=True)
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # self-attention has one input
-        return super().forward(x, x, x, need_weights=False)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
 
 
 class Block(nn.Module):
@@ -58,7 +61,16 @@ class Block(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
 
-def benchmark(attention: type[nn.Module], width: int, layers: int, batch: int, length: int, repeats: int) -> None:
+def clock(*, cpu_time: bool) -> Callable[[], float]:
+    """Choose the wall clock, or the CPU seconds of all threads, for one thread on a machine that others use too."""
+    return time.process_time if cpu_time else time.perf_counter
+
+
+def medians(
+    attention: type[nn.Module], width: int, layers: int, batch: int, length: int, *, repeats: int,
+    now: Callable[[], float],
+) -> tuple[float, float]:  # fmt: skip
+    """Return the median seconds of a plain and of a measured step."""
     blocks = [Block(width, attention(width)) for _ in range(layers)]
     model = nn.Sequential(nn.Embedding(512, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 512))
     parameters = list(model.parameters())
@@ -68,7 +80,7 @@ def benchmark(attention: type[nn.Module], width: int, layers: int, batch: int, l
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats + 3):
         for measured in (False, True):
-            start = time.perf_counter()
+            start = now()
             if measured:
                 probe.begin(0, 1, model, measured_parameters)
                 probe.before_forward(BatchCount(batch))
@@ -83,23 +95,33 @@ def benchmark(attention: type[nn.Module], width: int, layers: int, batch: int, l
                 assert samples is not None
                 samples.to_row()
             optimizer.step()
-            times[measured].append(time.perf_counter() - start)
+            times[measured].append(now() - start)
     probe.detach()
-    plain, with_probe = (statistics.median(values[3:]) for values in times.values())
-    ratio, cadence = with_probe / plain, probe.default_every_n_steps
-    print(
-        f"  d={width}, {layers} layers, {batch}x{length} tokens: plain {plain * 1e3:6.1f} ms, measured "
-        f"{with_probe * 1e3:6.1f} ms, {ratio:.3f}x; one step in {cadence}: {1 + (ratio - 1) / cadence:.4f}x"
-    )
+    # the first steps verify themselves and fill the caches
+    return statistics.median(times[False][3:]), statistics.median(times[True][3:])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds; with --threads 1 on a busy machine")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    cadence = PerExampleProbe.default_every_n_steps
+    print(f"torch {torch.__version__}, {arguments.threads} threads, medians of {arguments.repeats}")
     for attention in (LinearAttention, TorchAttention):
         print(attention.__doc__)
-        for shape in ((256, 6, 8, 128), (512, 3, 8, 64), (256, 4, 4, 512)):
-            benchmark(attention, *shape, arguments.repeats)
+        for width, layers, batch, length in ((256, 6, 8, 128), (512, 3, 8, 64), (256, 4, 4, 512)):
+            plain, measured = medians(
+                attention, width, layers, batch, length, repeats=arguments.repeats,
+                now=clock(cpu_time=arguments.cpu_time),
+            )  # fmt: skip
+            print(
+                f"  d={width}, {layers} layers, {batch}x{length} tokens: plain {plain * 1e3:6.1f} ms, measured "
+                f"{measured * 1e3:6.1f} ms, {measured / plain:.3f}x; one step in {cadence}: "
+                f"{1 + (measured / plain - 1) / cadence:.4f}x",
+                flush=True,
+            )

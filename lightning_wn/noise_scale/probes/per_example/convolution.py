@@ -6,12 +6,14 @@ matrix product or, where there are few positions, by the Gram matrices of both f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F  # noqa: N812  # as torch's own documentation spells it
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.probes.per_example.forms import Dense, Form, Outer
+from lightning_wn.noise_scale.probes.per_example.forms import Dense, Form, Outer, examples_at_once, gram_is_cheaper
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError, shape_of
 from lightning_wn.noise_scale.probes.per_example.registry import Seen, register_per_example_rule
 
@@ -39,14 +41,38 @@ def patches(
     x = x.contiguous()
     batch, channels, *_ = x.shape
     batch_step, channel_step, *steps = x.stride()
-    size = (batch, groups, channels // groups, *positions, *kernel)
+    # positions last: copied in runs as long as a row of the input, not of a window
+    size = (batch, groups, channels // groups, *kernel, *positions)
     move = [step * s for step, s in zip(steps, stride, strict=True)]
     inside = [step * d for step, d in zip(steps, dilation, strict=True)]
-    windows = x.as_strided(size, (batch_step, channel_step * (channels // groups), channel_step, *move, *inside))
-    spatial = len(positions)
-    # (N, G, C/G, *positions, *kernel) -> (N, G, *positions, C/G, *kernel)
-    windows = windows.movedim(2, 2 + spatial)
-    return windows.flatten(3 + spatial - 1).flatten(2, 1 + spatial)
+    windows = x.as_strided(size, (batch_step, channel_step * (channels // groups), channel_step, *inside, *move))
+    return windows.reshape(batch, groups, channels // groups * math.prod(kernel), math.prod(positions)).mT
+
+
+def _windows_times(
+    factor: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], *, groups: int
+) -> Form:
+    """Return Σ_p factor_p ⊗ patch_p, with the patches of a few examples laid out at a time.
+
+    Args:
+        factor: Shape (N, F, *positions).
+        x: Shape (N, C, *space), padded.
+        kernel: The window's size along each dimension.
+        stride: Step from position to position.
+        dilation: Step inside the window.
+        groups: Groups of the channels of both.
+    """
+    left = _grouped(factor, groups).mT
+    width = x.shape[1] // groups * math.prod(kernel)
+
+    def windows(some: Tensor) -> Tensor:
+        return patches(some, factor.shape[2:], kernel, stride, dilation, groups=groups)
+
+    if gram_is_cheaper(left.shape[2], left.shape[3], width):
+        return Outer(left, windows(x))  # few positions, and so few patches
+    some = examples_at_once(groups * left.shape[2] * width, x.device)
+    pairs = zip(torch.split(left, some), torch.split(x, some), strict=True)
+    return Dense(torch.cat([(part.mT @ windows(of)).flatten(1, 2) for part, of in pairs]))
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -72,11 +98,9 @@ def convolution(module: AnyConv, seen: Seen) -> dict[str, Form]:
         padding = module._reversed_padding_repeated_twice
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(seen.input, padding, mode=mode) if any(padding) else seen.input
-        windows = patches(
-            x, seen.grad.shape[2:], module.kernel_size, module.stride, module.dilation, groups=module.groups
+        forms["weight"] = _windows_times(
+            seen.grad, x, module.kernel_size, module.stride, module.dilation, groups=module.groups
         )
-        grad = _grouped(seen.grad, module.groups)
-        forms["weight"] = Outer(grad.mT, windows)
     if "bias" in seen.needed:
         forms["bias"] = Dense(seen.grad.flatten(2).sum(2))
     return forms
@@ -91,12 +115,10 @@ def transposed_convolution(module: AnyConvTranspose, seen: Seen) -> dict[str, Fo
     if "weight" in seen.needed:
         assert not isinstance(module.padding, str)  # torch allows no names here
         padding = [n for p in reversed(module.padding) for n in (p, p)]
-        windows = patches(
-            F.pad(seen.grad, padding), seen.input.shape[2:], module.kernel_size, module.stride, module.dilation,
+        forms["weight"] = _windows_times(
+            seen.input, F.pad(seen.grad, padding), module.kernel_size, module.stride, module.dilation,
             groups=module.groups,
         )  # fmt: skip
-        x = _grouped(seen.input, module.groups)
-        forms["weight"] = Outer(x.mT, windows)
     if "bias" in seen.needed:
         forms["bias"] = Dense(seen.grad.flatten(2).sum(2))
     return forms

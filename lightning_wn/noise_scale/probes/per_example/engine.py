@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_wn.noise_scale.probes.per_example.attention import AttentionCall, batch_length, find_projections
 from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes
 from lightning_wn.noise_scale.probes.per_example.broadcast import Broadcasts, SharedGradient
 from lightning_wn.noise_scale.probes.per_example.calls import Call, is_private
@@ -103,6 +104,7 @@ class PerExampleNorms:
         self._broadcasts: Broadcasts | None = None
         self._shared_parameters: dict[int, tuple[nn.Parameter, SharedGradient]] = {}
         self._uses: list[Call] = []
+        self._attentions: list[AttentionCall] = []
         self._starts: list[tuple[Layer, list[int], Context]] = []
         self._errors: list[PerExampleError] = []
         self._columns.forget()
@@ -164,7 +166,8 @@ class PerExampleNorms:
         signature: list[tuple[Any, ...]] = [
             (use.layer.name, use.shared is not None, *use.axes(self._batch_size)) for use in self._uses
         ]
-        self._signature = (*sorted(signature), *sorted(self._names_of_shared()))
+        signature += [(attention.name, "graph") for attention in self._attentions]
+        self._signature = (*sorted(signature, key=str), *sorted(self._names_of_shared()))
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
             self._verification = None
@@ -197,6 +200,8 @@ class PerExampleNorms:
         for use in self._uses:
             for output in use.outputs:
                 output.remove()
+        for attention in self._attentions:
+            attention.remove()
         if self._verification is not None:
             self._verification.stop()
         if self._broadcasts is not None:
@@ -227,23 +232,48 @@ class PerExampleNorms:
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(o.requires_grad for o in outputs):
             return
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        input_has_history = any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves)
-        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        if versions is None:
-            versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-        use = Call(layer, leaves, spec, versions, [], context, input_has_history)
         in_backward = torch._C._current_graph_task_id() != -1
         for slot in layer.slots.values():
             if in_backward:
                 slot.calls_in_backward += 1
             else:
                 slot.calls += 1
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if layer.rule is None and self._follow_attention(layer, leaves, outputs):
+            return
+        input_has_history = any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves)
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if versions is None:
+            versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+        use = Call(layer, leaves, spec, versions, [], context, input_has_history)
         # the generic rule needs the gradients of all outputs and waits for the end
         arrived = None if layer.rule is None else lambda: self._try(self._answer, use)
         private = layer.rule is not None and len(outputs) == 1 and is_private(outputs[0], use.tensors)
         use.outputs = [OutputGradient(o, private=private, arrived=arrived) for o in outputs]
         self._uses.append(use)
+
+    def _follow_attention(self, layer: Layer, leaves: Sequence[Any], outputs: Sequence[Tensor]) -> bool:
+        """Wait inside the graph of an attention layer; False if it has to be run again."""
+        module, length = layer.module, batch_length(layer.module, outputs)
+        if not isinstance(module, nn.MultiheadAttention) or length is None:
+            return False
+        fold, rest = divmod(length, self._batch_size)
+        if rest or (fold > 1 and layer.batch_dim != "folded"):
+            return False
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        projections = find_projections(module, layer.parameters, inputs, outputs)
+        if projections is None:
+            return False
+
+        def take(name: str, form: Form) -> None:
+            if self._verification is not None:
+                self._verification.add_form(layer.parameters[name], form)
+            self._take(layer.slots[name], form, layer)
+
+        attention = AttentionCall(layer.label, layer.parameters, length, fold, take)
+        attention.follow(projections, self._try)
+        self._attentions.append(attention)
+        return True
 
     def _answer(self, use: Call) -> None:
         """Apply the layer's rule; called by autograd when the gradient of the output is known."""
@@ -335,6 +365,8 @@ class PerExampleNorms:
     def _finish(self) -> None:
         with torch.no_grad():
             self._take_shared_parameters()
+            for attention in self._attentions:
+                attention.finish()
             for use in self._uses:
                 use.check_seen()
                 if use.layer.rule is None:

@@ -24,6 +24,15 @@ Denominator = Callable[[nn.Parameter], Tensor | None]
 """What the optimizer divides each element of a parameter's gradient by, None before it has any state."""
 
 
+# on a CPU, a materialised product is squared while it lies in the cache; elsewhere a few large steps are better
+_CACHED = 2**18
+
+
+def examples_at_once(elements: int, device: torch.device) -> int:
+    """Return how many examples to materialise at a time, where one has that many elements."""
+    return max(1, (_CACHED if device.type == "cpu" else 16 * _CHUNK) // max(1, elements))
+
+
 def _square_each(grad: Tensor) -> Tensor:
     return grad.square().reshape(len(grad), -1).sum(1)
 
@@ -100,21 +109,16 @@ class Outer:
         return self
 
     def gram_is_cheaper(self, *, with_along: bool = False) -> bool:
-        """Compare T²(L + R) with T·L·R and the memory traffic of the materialised gradient."""
-        length, left, right = self.left.shape[2], self.left.shape[3], self.right.shape[3]
-        gram = length * length * (left + right + _MEMORY_COST)
-        direct = left * right * (length + _MEMORY_COST)
-        if with_along:
-            gram += length * left * right
-            direct += left * right * _MEMORY_COST
-        return gram < direct
+        """Whether the Gram matrices of both factors cost less than the materialised gradient."""
+        _, _, length, left = self.left.shape
+        return gram_is_cheaper(length, left, self.right.shape[3], with_along=with_along)
 
     def squared(self) -> Tensor:
         """Return the squared norms, shape (B,)."""
         if self.gram_is_cheaper():
-            # <Σ_t l_t ⊗ r_t, Σ_s l_s ⊗ r_s> = Σ_ts <l_t, l_s> <r_t, r_s>
-            return ((self.left @ self.left.mT) * (self.right @ self.right.mT)).sum((1, 2, 3))
-        return (self.left.mT @ self.right).square().sum((1, 2, 3))
+            # <Σ_t l_t ⊗ r_t, Σ_s l_s ⊗ r_s> = Σ_ts <l_t, l_s> <r_t, r_s>; written in place, as new memory is slow
+            return (self.left @ self.left.mT).mul_(self.right @ self.right.mT).sum((1, 2, 3))
+        return torch.cat([grad.square_().sum((1, 2, 3)) for grad in self._products()])
 
     def by_row(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's squared norm and its product with the row of ``direction``, both (B, groups·L).
@@ -124,13 +128,28 @@ class Outer:
         """
         if self.gram_is_cheaper(with_along=True):
             gram = self.right @ self.right.mT
-            row_sq = torch.linalg.vecdot(self.left, gram @ self.left, dim=2)
-            along = torch.linalg.vecdot(self.left, self.right @ direction.mT, dim=2)
-        else:
-            grad = self.left.mT @ self.right
-            row_sq = torch.linalg.vecdot(grad, grad)
-            along = torch.linalg.vecdot(grad, direction.expand_as(grad))
-        return row_sq.flatten(1), along.flatten(1)
+            row_sq = (gram @ self.left).mul_(self.left).sum(2)
+            along = (self.right @ direction.mT).mul_(self.left).sum(2)
+            return row_sq.flatten(1), along.flatten(1)
+        both = [((grad * direction).sum(3), grad.square_().sum(3)) for grad in self._products()]
+        return torch.cat([row_sq for _, row_sq in both]).flatten(1), torch.cat([along for along, _ in both]).flatten(1)
+
+    def _products(self) -> Iterator[Tensor]:
+        """Materialise some examples after the other, each (some of B, groups, L, R)."""
+        elements = self.left.shape[1] * self.left.shape[3] * self.right.shape[3]
+        some = examples_at_once(elements, self.left.device)
+        for left, right in zip(torch.split(self.left, some), torch.split(self.right, some), strict=True):
+            yield left.mT @ right
+
+
+def gram_is_cheaper(length: int, left: int, right: int, *, with_along: bool = False) -> bool:
+    """Compare T²(L + R) with T·L·R and the memory traffic of the materialised gradient."""
+    gram = length * length * (left + right + _MEMORY_COST)
+    direct = left * right * (length + _MEMORY_COST)
+    if with_along:
+        gram += length * left * right
+        direct += left * right * _MEMORY_COST
+    return gram < direct
 
 
 @dataclass(frozen=True)

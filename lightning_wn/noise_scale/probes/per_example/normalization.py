@@ -63,7 +63,7 @@ def instance_norm(module: AnyInstanceNorm, seen: Seen) -> dict[str, Form]:
 def _affine(seen: Seen, normalized: Tensor, positions: tuple[int, ...]) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     if "weight" in seen.needed:
-        product = seen.grad * normalized
+        product = normalized.mul_(seen.grad)  # in place, as new memory is slow
         forms["weight"] = Dense(product.sum(positions) if positions else product)
     if "bias" in seen.needed:
         forms["bias"] = Dense(seen.grad.sum(positions) if positions else seen.grad)

@@ -32,6 +32,7 @@ Rule = Callable[[Any, Seen], Mapping[str, Form | Tensor]]
 AnyRule = TypeVar("AnyRule", bound=Rule)
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_RULES_BY_NAME: dict[str, Rule] = {}
 _ANY_FORWARD: set[type[nn.Module]] = set()
 
 
@@ -73,19 +74,32 @@ def register_per_example_rule(*classes: type[nn.Module], any_forward: bool = Fal
     return decorate
 
 
+def register_by_name(qualified_name: str) -> Callable[[AnyRule], AnyRule]:
+    """Register a rule for a class of a package that may not be installed, by module and name."""
+
+    def decorate(rule: AnyRule) -> AnyRule:
+        _RULES_BY_NAME[qualified_name] = rule
+        return rule
+
+    return decorate
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule of the module's class or of its nearest base class, or None."""
     for cls in type(module).__mro__:
         if cls not in _RULES:
+            by_name = _RULES_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
+            if by_name is not None:
+                return by_name if computes_like(module, cls) else None
             continue
         if cls in _ANY_FORWARD:
             return _RULES[cls]
-        return _RULES[cls] if _computes_like(module, cls) else None
+        return _RULES[cls] if computes_like(module, cls) else None
     return None
 
 
-def _computes_like(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether no method between the class and the instance was overridden that forward is made of."""
+def computes_like(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether no method that the class's forward is made of was overridden in the module or its own class."""
     if "forward" in vars(module):
         return False
     methods = [name for name in ("forward", "_conv_forward", "_norm", "_output_padding") if hasattr(cls, name)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_wn.noise_scale.probes.per_example.forms import Form, dense_chunks
 from lightning_wn.noise_scale.probes.per_example.generic import RawForward
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError
 
@@ -68,6 +69,11 @@ class Verification:
         sample = _sample(part)
         known = self._expected.get(id(parameter))
         self._expected[id(parameter)] = sample if known is None else known + sample
+
+    def add_form(self, parameter: nn.Parameter, form: Form) -> None:
+        """Add the part of a parameter's gradient that is known example by example."""
+        for some in dense_chunks([form], parameter.shape):
+            self.add_part(parameter, some.sum(0))
 
     def stop(self) -> None:
         """Remove the hooks."""
