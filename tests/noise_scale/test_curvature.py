@@ -118,6 +118,36 @@ def test_truth_in_the_callback():
     assert callback.estimates()["curvature"] == estimate
 
 
+class UnevenBowl(L.LightningModule):
+    """½ a (w - x)² with examples of their own curvature a, so that gradients and Hessian of one batch go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        a, x = batch
+        return (a * (self.weight - x).square()).mean() / 2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_the_hessian_is_of_a_batch_of_its_own():
+    """One measurement on the first five batches: the Hessian of one, the gradients of the other four."""
+    generator = torch.Generator().manual_seed(4)
+    a = torch.rand(20, generator=generator, dtype=torch.float64)
+    x = torch.randn(20, generator=generator, dtype=torch.float64)
+    callback = GradientNoiseScaleCallback("consecutive", ema_decay=1.0, curvature_every_n_steps=100)
+    L.Trainer(callbacks=[callback], max_steps=5, **QUIET).fit(UnevenBowl(), DataLoader(TensorDataset(a, x), 4))
+    estimate = callback.estimate(group="curvature")
+    slopes = (a * (1.0 - x)).reshape(5, 4).mean(1)[1:]
+    small, big = float(slopes.square().mean() * a[:4].mean()), float(slopes.mean() ** 2 * a[:4].mean())
+    assert estimate.num_measurements == 1
+    assert estimate.cov_trace == pytest.approx((small - big) / (1 / 4 - 1 / 16), rel=1e-12)
+    assert estimate.grad_sq_norm == pytest.approx((16 * big - 4 * small) / 12, rel=1e-12)
+
+
 class NoisyBowl(Bowl):
     """With everything that a second forward pass could disturb."""
 

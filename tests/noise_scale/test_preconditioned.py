@@ -122,3 +122,13 @@ def test_denominators_of_adams_kin(kind):
     weight.grad = torch.tensor([3.0, -4.0])
     optimizer.step()
     torch.testing.assert_close(AdamDenominator(optimizer)(weight), torch.tensor([3.5, 4.5]))
+
+
+def test_amsgrad_divides_by_the_largest_moment():
+    weight = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.Adam([weight], lr=0.1, betas=(0.9, 0.5), eps=0.25, amsgrad=True)
+    for gradient in (4.0, 0.0):
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+    # the largest moment is the first, 16 / 2; two steps correct it by 1 - 0.5²
+    torch.testing.assert_close(AdamDenominator(optimizer)(weight), torch.tensor([(8.0 / 0.75) ** 0.5 + 0.25]))
