@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
-from lightning_wn.weight_norm.beside import ExactResume
+from lightning_wn.weight_norm.beside import ExactResume, model_copies
 from lightning_wn.weight_norm.chains import is_sharded, weight_norm_chains
 from lightning_wn.weight_norm.checkpoint import fold_on_load
 from lightning_wn.weight_norm.checks import check_optimizer_state, check_state_dict
@@ -144,7 +144,9 @@ class WeightNormCallback(Callback):
         if _plain(selection):
             self._refuse_copied_model(trainer)
         self._rewritten = rewrite(pl_module, selection.layers)
-        save_as_weights(pl_module.modules(), self.checkpoint == "folded")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        for copy in model_copies(pl_module, callbacks).values():
+            save_as_weights(copy.modules(), self.checkpoint == "folded")
         if self._signals is not None:
             self._signals.start(pl_module)
         if self._rewritten:
