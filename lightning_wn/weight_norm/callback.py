@@ -234,8 +234,9 @@ class WeightNormCallback(Callback):
         if stage == "fit" and self.fold_on_fit_end:
             fold(self._select(pl_module).layers)
         elif stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            # only what was rewritten here is plain at home
+            # only what was rewritten here is plain at home; the rest goes there as g and v, which is exact
             fold(NamedLayer((name,), pl_module.get_submodule(name)) for name in self._rewritten)
+            save_as_weights(pl_module.modules(), False)
         self._rewritten = []
 
     def _begin(self, pl_module: pl.LightningModule) -> None:

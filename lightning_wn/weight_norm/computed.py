@@ -124,7 +124,8 @@ def _reset_parameters(self: nn.Module) -> None:
     for name, chain in chains.items():
         if not weights[name].is_meta:
             store(chain, weights[name])
-            vars(chain).pop("reset_parameters", None)
+            if vars(chain).get("reset_parameters") is not _done_by_owner:
+                vars(chain).pop("reset_parameters", None)  # holds the module, which holds the chain
 
 
 def _done_by_owner() -> None:

@@ -280,10 +280,15 @@ def _check_values(layer: NamedLayer, layout: UnitLayout) -> None:
 def _weight_refusal(weight: nn.Parameter) -> str | None:
     if is_lazy(weight):
         return "its weight has no shape yet: run one batch through the model first, or exclude the layer"
+    if isinstance(weight, DTensor):
+        return (
+            "its weight is a DTensor, sharded already: call `apply_weight_norm(self)` in `configure_model`, before "
+            "`fully_shard`, or exclude the layer"
+        )
     if type(weight) is not nn.Parameter:
         return (
-            f"its weight is a {type(weight).__name__}, and only plain Parameters are supported, not sharded "
-            "or quantized ones: shard or quantize after folding, or exclude the layer"
+            f"its weight is a {type(weight).__name__}, and only plain Parameters are supported, not "
+            "quantized ones: quantize after folding, or exclude the layer"
         )
     if weight.dtype not in _DTYPES:
         return f"its weight is of type {weight.dtype}, and only real floating point works: exclude the layer"
