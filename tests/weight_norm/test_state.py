@@ -230,3 +230,13 @@ def test_torchs_own_removal_leaves_a_plain_layer():
     assert sorted(layer.state_dict()) == ["bias", "weight"]
     layer.load_state_dict(nn.Linear(3, 3).state_dict() | {"weight": weight})
     assert torch.equal(layer.weight, weight)
+
+
+def test_layers_that_share_g_alone_are_saved_apart():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    apply_weight_norm(model)
+    save_as_weights(model.modules(), True)
+    model[1].parametrizations.weight.original0 = model[0].parametrizations.weight.original0
+    state = model.state_dict()
+    for i in range(2):
+        assert torch.equal(state[f"{i}.weight"], model[i].weight)
