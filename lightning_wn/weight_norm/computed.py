@@ -75,18 +75,20 @@ def like(target: Tensor, whole: Tensor) -> Tensor:
 
 def _computed(name: str) -> property:
     def get(module: nn.Module) -> Tensor:
-        # not by attribute, which is slow: this is read at every call of every layer
-        chain: Any = cast(Any, module._modules["parametrizations"])._modules[name]
-        if torch.compiler.is_compiling():
+        # this is read at every call of every layer: the shortest way first, and no attributes of modules
+        compiling = torch.compiler.is_compiling()
+        weights = None if compiling else kept(module)
+        if weights is not None and (weight := weights.get(name)) is not None:
+            return weight
+        chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        if compiling:
             return cast(Tensor, chain())
         if _being_initialized and id(module) in _being_initialized:
             return _being_initialized[id(module)][name]
-        weights = kept(module)
-        if weights is None:
-            return _compute(chain)
-        if name not in weights:
-            weights[name] = _compute(chain)
-        return weights[name]
+        weight = _compute(chain)
+        if weights is not None:
+            weights[name] = weight
+        return weight
 
     def assign(module: nn.Module, value: Tensor) -> None:
         forget(module)
