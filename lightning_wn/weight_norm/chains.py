@@ -21,13 +21,18 @@ def weight_norm_chains(module: nn.Module) -> dict[str, ParametrizationList]:
         >>> list(weight_norm_chains(layer)), list(weight_norm_chains(nn.Linear(4, 3)))
         (['weight'], [])
     """
+    return chains_of(module, WeightNorm)
+
+
+def chains_of(module: nn.Module, kind: type[nn.Module]) -> dict[str, ParametrizationList]:
+    """Return the chains of a module of which the first parametrization is of this kind, by the tensor's name."""
     chains = module._modules.get("parametrizations")
     if not isinstance(chains, nn.ModuleDict):
         return {}
     return {
         name: chain
         for name, chain in chains.items()
-        if isinstance(chain, ParametrizationList) and isinstance(chain[0], WeightNorm)
+        if isinstance(chain, ParametrizationList) and isinstance(chain[0], kind)
     }
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_wn.weight_norm.chains import chains_of
+
 
 def torch_chains(module: nn.Module) -> dict[str, ParametrizationList]:
     """Return the chains of ``torch.nn.utils.parametrizations.weight_norm``, by the name of the tensor.
@@ -17,14 +19,7 @@ def torch_chains(module: nn.Module) -> dict[str, ParametrizationList]:
         >>> list(torch_chains(parametrizations.weight_norm(nn.Linear(3, 2))))
         ['weight']
     """
-    chains = module._modules.get("parametrizations")
-    if not isinstance(chains, nn.ModuleDict):
-        return {}
-    return {
-        name: chain
-        for name, chain in chains.items()
-        if isinstance(chain, ParametrizationList) and isinstance(chain[0], parametrizations._WeightNorm)
-    }
+    return chains_of(module, parametrizations._WeightNorm)
 
 
 def legacy_hooks(module: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def fused_weight(g: Tensor, v: Tensor) -> Tensor | None:
     """Compute w = v · (g/‖v‖) over the rows of v in one pass, and its gradients in another.
 
     The kernel divides zero rows by zero, so they are not for it, and neither are tracing, transforms of
-    functions, forward-mode differentiation and other types, devices and layouts.
+    functions, forward-mode differentiation and other units, types, devices and layouts.
 
     Args:
         g: One number a row of v, shape (rows, 1, ...).
@@ -62,6 +62,7 @@ def _is_supported(g: Tensor, v: Tensor) -> bool:
         and v.is_cpu
         and v.dtype in _DTYPES
         and v.is_contiguous()
+        and g.numel() == v.shape[0]
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
