@@ -5,7 +5,7 @@ from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.measure import measure_noise_scale
 from lightning_wn.noise_scale.metric import GradientNoiseScale
-from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, fold_weight_norm
+from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, cached_weight_norm, fold_weight_norm
 
 __all__ = [
     "BatchSizeAdvice",
@@ -14,6 +14,7 @@ __all__ = [
     "NoiseScaleEstimate",
     "WeightNormCallback",
     "apply_weight_norm",
+    "cached_weight_norm",
     "fold_weight_norm",
     "measure_noise_scale",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -15,10 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
+from lightning_wn.weight_norm.beside import ExactResume, model_copies
+from lightning_wn.weight_norm.chains import is_sharded, weight_norm_chains
 from lightning_wn.weight_norm.checkpoint import fold_on_load
+from lightning_wn.weight_norm.checks import check_optimizer_state, check_state_dict
+from lightning_wn.weight_norm.evaluation import EvaluationScope, is_last_batch
 from lightning_wn.weight_norm.optimizers import check_optimizers
 from lightning_wn.weight_norm.reparametrization import fold, has_plain_weight, rewrite
 from lightning_wn.weight_norm.selection import NamedLayer, Selection, select
+from lightning_wn.weight_norm.signals import SignalLog
+from lightning_wn.weight_norm.state import save_as_weights
 
 # callbacks of Lightning that copy the model in their own `setup`, and later pair parameters by position
 _COPIES_MODEL = ("WeightAveraging", "StochasticWeightAveraging")
@@ -37,8 +44,11 @@ class WeightNormCallback(Callback):
       :func:`~lightning_wn.weight_norm.fold_weight_norm` gives plain weights back. Only strategies that train
       in processes of their own and send the weights home (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``)
       bring back a plain model, with the trained weights.
-    - Checkpoints hold g and v. ``fit(ckpt_path=...)`` resumes from them, and ``validate``, ``test`` and
-      ``predict`` read them, also into a plain model in a new process if this callback is in its Trainer.
+    - Checkpoints hold plain weights under their original names, so that they load without this package;
+      g and v travel beside them, and ``fit(ckpt_path=...)`` resumes exactly. Any spelling can be loaded:
+      plain weights, ours, and those of torch's two weight norms with any ``dim``.
+    - Validation, test and predict loops compute each weight once: see
+      :func:`~lightning_wn.weight_norm.cached_weight_norm`.
     - Layers may be built in ``__init__`` or ``configure_model``, which is called early for it and has to be
       idempotent, as Lightning asks. Layers built in ``LightningModule.setup`` come too late for the
       callback: that is an error, unless ``setup`` ends with ``apply_weight_norm(self)``.
@@ -46,15 +56,27 @@ class WeightNormCallback(Callback):
       was replaced.
     - Put it before ``WeightAveraging`` and ``StochasticWeightAveraging``, which copy the model. They average
       g and v, each by itself.
-    - Single-device and DDP strategies are supported; sharded parameters are refused.
+    - Single-device and DDP strategies are supported, and FSDP2 if ``configure_model`` calls
+      ``apply_weight_norm(self)`` before ``fully_shard``. FSDP1 and DeepSpeed are refused.
 
     Args:
         modules: What to normalize. None means Linear, Conv1-3d and ConvTranspose1-3d; else a type, a glob on
             qualified names, a predicate ``(name, module) -> bool``, or a list of these.
         exclude: What to leave alone, said in the same ways.
+        checkpoint: What ``state_dict`` holds, of the model and in checkpoints: "folded", plain weights, or
+            "parametrized", g and v in the spelling of torch's parametrizations. Sharded models need the
+            latter.
+        fold_on_fit_end: Give the model plain weights when ``fit`` ends.
+        cache_evaluation: Whether weights stand still during a validation, test or predict loop. Pass False if
+            they are changed within a step, as where averaged weights are swapped in inside
+            ``validation_step``.
+        log_signals: Log the effective learning rate, g and the growth of ‖v‖ as ``weight_norm/...`` at log
+            steps: see :func:`~lightning_wn.weight_norm.signals.learning_signals`. "layers" logs them for each
+            layer too.
 
     Raises:
         TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
+        ValueError: If ``checkpoint`` or ``log_signals`` is none of what is allowed.
 
     Example::
 
@@ -80,15 +102,29 @@ class WeightNormCallback(Callback):
         modules: Sequence[ModuleSelector] | ModuleSelector | None = None,
         *,
         exclude: Sequence[ModuleSelector] | ModuleSelector = (),
+        checkpoint: Literal["folded", "parametrized"] = "folded",
+        fold_on_fit_end: bool = False,
+        cache_evaluation: bool = True,
+        log_signals: bool | Literal["layers"] = False,
     ) -> None:
         if modules is not None:
             as_selectors("modules", modules)
         as_selectors("exclude", exclude)
+        if checkpoint not in ("folded", "parametrized"):
+            raise ValueError(f'`checkpoint` must be "folded" or "parametrized", got {checkpoint!r}.')
+        if log_signals not in (True, False, "layers"):
+            raise ValueError(f'`log_signals` must be True, False or "layers", got {log_signals!r}.')
         self.modules: ModuleSelection | None = modules
         self.exclude: ModuleSelection = exclude
         # names, and not modules: the callback has to be picklable for spawned processes
         self._rewritten: list[str] = []
         self._load_hooks: list[RemovableHandle] = []
+        self.checkpoint = checkpoint
+        self.fold_on_fit_end = fold_on_fit_end
+        self.cache_evaluation = cache_evaluation
+        self._scope = EvaluationScope()
+        self._resume = ExactResume()
+        self._signals = SignalLog(per_layer=log_signals == "layers") if log_signals else None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the layers when ``fit`` begins; otherwise see that checkpoints of g and v can be read."""
@@ -98,35 +134,134 @@ class WeightNormCallback(Callback):
             _refuse_sharding(trainer)
         _configure_model(trainer, pl_module)
         selection = self._select(pl_module)
+        check = pl_module.register_load_state_dict_pre_hook(check_state_dict)  # type: ignore[no-untyped-call] # in torch
+        self._load_hooks = [check]
         if stage != "fit":
-            self._load_hooks = fold_on_load(selection.layers)
+            self._load_hooks += fold_on_load(selection.layers)
             return
+        self._refuse_sharded_form(pl_module)
         # what matches nothing may still match a layer that `LightningModule.setup` builds: see `on_fit_start`
         if _plain(selection):
             self._refuse_copied_model(trainer)
         self._rewritten = rewrite(pl_module, selection.layers)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        for copy in model_copies(pl_module, callbacks).values():
+            save_as_weights(copy.modules(), self.checkpoint == "folded")
+        if self._signals is not None:
+            self._signals.start(pl_module)
         if self._rewritten:
             rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every selected layer is normalized and in the hands of an optimizer."""
         self._check(trainer, pl_module)
+        self._resume.restore(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check again, after the ``on_fit_start`` hooks of the model and of other callbacks."""
         self._check(trainer, pl_module)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to train, with the g and v of a checkpoint that was loaded meanwhile."""
+        self._scope.end()
+        self._resume.restore(trainer, pl_module, last=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the learning signals at log steps."""
+        if self._signals is not None:
+            self._signals.log(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put g and v beside the plain weights."""
+        self._resume.save(trainer, pl_module, checkpoint)
+        if self._signals is not None:
+            self._signals.save(checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take g and v from beside the plain weights."""
+        if trainer.state.fn == "fit":
+            check_optimizer_state(pl_module, checkpoint)
+        self._resume.load(checkpoint)
+        self._resume.restore(trainer, pl_module)
+        if self._signals is not None:
+            self._signals.load(checkpoint)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Let weights stand still from the first batch on."""
+        self._begin(pl_module)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Let weights stand still from the first batch on."""
+        self._begin(pl_module)
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Let weights stand still from the first batch on."""
+        self._begin(pl_module)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Let weights change after the last batch."""
+        self._end_if_last(trainer)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Let weights change after the last batch."""
+        self._end_if_last(trainer)
+
+    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Let weights change after the last batch."""
+        self._end_if_last(trainer)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let weights change, where the last batch was not known."""
+        self._scope.end()
+
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Clean up: ``teardown`` is not called after an exception."""
-        self._remove_load_hooks()
+        self._clean_up()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Fold in a worker process, whose state the launcher then loads into the plain model at home."""
-        self._remove_load_hooks()
-        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            # only what was rewritten here is plain at home
+        """Fold where asked, and in a worker process, whose state the launcher loads into the plain model at home."""
+        self._clean_up()
+        if stage == "fit" and self.fold_on_fit_end:
+            fold(self._select(pl_module).layers)
+        elif stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            # only what was rewritten here is plain at home; the rest goes there as g and v, which is exact
             fold(NamedLayer((name,), pl_module.get_submodule(name)) for name in self._rewritten)
+            save_as_weights(pl_module.modules(), False)
         self._rewritten = []
+
+    def _begin(self, pl_module: pl.LightningModule) -> None:
+        if self.cache_evaluation:
+            self._scope.begin(pl_module)
+
+    def _end_if_last(self, trainer: pl.Trainer) -> None:
+        if is_last_batch(trainer):
+            self._scope.end()
+
+    def _clean_up(self) -> None:
+        self._scope.end()
+        self._resume.forget()
+        self._remove_load_hooks()
+
+    def _refuse_sharded_form(self, pl_module: pl.LightningModule) -> None:
+        chains = [chain for layer in pl_module.modules() for chain in weight_norm_chains(layer).values()]
+        if any(map(is_sharded, chains)) and (self.checkpoint == "folded" or self.fold_on_fit_end):
+            argument = "fold_on_fit_end=True" if self.fold_on_fit_end else 'checkpoint="folded"'
+            raise ValueError(
+                f"`{argument}` does not work with sharded parameters, whose plain weights no rank has: pass "
+                '`checkpoint="parametrized"` and `fold_on_fit_end=False`; in a process of its own, the whole '
+                "checkpoint can be loaded and folded (`apply_weight_norm`, `load_state_dict`, "
+                "`fold_weight_norm`)."
+            )
 
     def _select(self, pl_module: pl.LightningModule) -> Selection:
         return select(pl_module, self.modules, self.exclude)

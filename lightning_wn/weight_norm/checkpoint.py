@@ -1,4 +1,4 @@
-"""Read the checkpoint of a weight-normalized model into plain layers."""
+"""Read the checkpoint of a weight-normalized model into plain layers, whoever normalized it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wn.weight_norm.layers import rule_for
-from lightning_wn.weight_norm.parametrization import compose, unit_norm
 from lightning_wn.weight_norm.reparametrization import has_plain_weight
 from lightning_wn.weight_norm.selection import NamedLayer
+from lightning_wn.weight_norm.spellings import find_weight
 
 
 def fold_on_load(layers: Iterable[NamedLayer]) -> list[RemovableHandle]:
-    """Let plain layers load a state dict in which their weight is spelled as g and v.
+    """Let plain layers load a state dict in which their weight is spelled as g and v, by us or by torch.
 
     Args:
         layers: Layers of supported types.
@@ -38,14 +37,11 @@ def fold_on_load(layers: Iterable[NamedLayer]) -> list[RemovableHandle]:
 
 
 def _fold_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    keys = [f"{prefix}parametrizations.weight.original{i}" for i in range(2)]
-    rule = rule_for(module)
-    if rule is None or not has_plain_weight(module) or any(key not in state_dict for key in keys):
+    stored = find_weight(state_dict, prefix, "weight")
+    if stored is None or len(stored.values) == 1 or not has_plain_weight(module):
         return
-    g, v = (state_dict[key] for key in keys)
-    layout = rule.layout(module)
-    # anything else, such as the norm over another dimension, is left to the strict check of names
-    if v.shape == module.weight.shape and g.shape == layout.gain(unit_norm(v, layout)).shape:
-        state_dict[f"{prefix}weight"] = compose(g, v, layout)
-        for key in keys:
+    if stored.shape == module.weight.shape:
+        weight = stored.weight()
+        for key in stored.keys:
             del state_dict[key]
+        state_dict[f"{prefix}weight"] = weight

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch.optim import Optimizer
 
+from lightning_wn.weight_norm.checks import some
 from lightning_wn.weight_norm.reparametrization import gain_and_direction, weight_norm_of
 from lightning_wn.weight_norm.selection import NamedLayer
 
@@ -54,18 +55,14 @@ def check_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[NamedLaye
         ]
     if stale:
         raise ValueError(
-            f"An optimizer holds the plain weight of {_some(stale)}, which weight normalization has "
+            f"An optimizer holds the plain weight of {some(stale)}, which weight normalization has "
             "replaced, so that the layer would not train: collect the parameters inside "
             "`configure_optimizers`, and not in `__init__`, where they are not yet g and v."
         )
     if missing:
         raise ValueError(
-            f"No optimizer holds the trainable {_some(missing)}: if parameters are grouped by name, let the "
+            f"No optimizer holds the trainable {some(missing)}: if parameters are grouped by name, let the "
             'group of "weight" also take names that contain "parametrizations.weight" (g is `original0`, v '
             "is `original1`); if the layer is left out on purpose, add it to `exclude` or set "
             "`requires_grad_(False)` on it."
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

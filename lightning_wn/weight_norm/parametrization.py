@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_wn.weight_norm.fused import fused_norm, fused_weight
 
 # a unit is brought to a largest entry of at most 2**limit and at least 2**-limit, so that its sum of squares
 # neither overflows nor vanishes in the type that accumulates it
@@ -85,6 +88,8 @@ def compose(g: Tensor, v: Tensor, layout: UnitLayout) -> Tensor:
         >>> compose(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]), UnitLayout())
         tensor([[6., 8.]])
     """
+    if not layout.transposed and (fused := fused_weight(g, v)) is not None:
+        return fused
     norm = unit_norm(v, layout)
     ratio = g.reshape(norm.shape).to(norm.dtype) / norm.masked_fill(norm == 0, 1.0)
     # half types are multiplied in float32 and rounded once; their gradients are summed in float32 too
@@ -126,6 +131,8 @@ def decompose(weight: Tensor, layout: UnitLayout) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     if weight.numel() == 0:
         raise ValueError("its weight is empty: exclude the layer")
+    if weight.is_meta:
+        return layout.gain(unit_norm(weight, layout)).to(weight.dtype).contiguous(), torch.empty_like(weight)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("its weight holds NaN or infinite values: initialize it first, or exclude the layer")
     v = weight.clone()
@@ -140,10 +147,10 @@ def decompose(weight: Tensor, layout: UnitLayout) -> tuple[Tensor, Tensor]:
     exponent = torch.frexp(wide).exponent
     limit = _EXPONENT_LIMIT[wide.dtype]
     shift = exponent.clamp(-limit, limit) - exponent
-    g = unit_norm(v, layout)
+    g = _norm_in_compose(v, layout)
     if bool(shift.any()):
         rows.copy_(_times_power_of_two(rows, shift))
-        g = _times_power_of_two(unit_norm(v, layout), -shift)
+        g = _times_power_of_two(_norm_in_compose(v, layout), -shift)
     g = layout.gain(g.masked_fill(zero, 0.0).to(weight.dtype)).contiguous()
 
     if not bool(torch.isfinite(g).all()):
@@ -157,6 +164,12 @@ def decompose(weight: Tensor, layout: UnitLayout) -> tuple[Tensor, Tensor]:
             "model to a wider type first, or exclude the layer"
         )
     return g, v
+
+
+def _norm_in_compose(v: Tensor, layout: UnitLayout) -> Tensor:
+    """Return the norm by which :func:`compose` divides, bit for bit."""
+    norm = unit_norm(v, layout)
+    return norm if layout.transposed else fused_norm(v, norm)
 
 
 def _directions(units: Tensor) -> Tensor:
@@ -205,6 +218,13 @@ class WeightNorm(nn.Module):
         self.layout = layout
         # the Parameter that g and v took the place of, to recognise an optimizer that still holds it
         self.replaced: weakref.ref[nn.Parameter] | None = None
+        # whether `state_dict()` of the layer holds the plain weight in place of g and v
+        self.saved_as_weight = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process."""
+        # a weak reference can be neither pickled nor followed by a copy
+        return self.__dict__ | {"replaced": None}
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Compute the weight: see :func:`compose`."""

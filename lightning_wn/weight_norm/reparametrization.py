@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_wn.module_selectors import ModuleSelection
+from lightning_wn.weight_norm.cache import forget
+from lightning_wn.weight_norm.chains import g_and_v, weight_norm_chains
+from lightning_wn.weight_norm.computed import compute_through_class
+from lightning_wn.weight_norm.foreign import (
+    legacy_hooks,
+    legacy_parts,
+    legacy_weight,
+    put_first,
+    remove_compatibility_hook,
+    remove_legacy,
+    torch_chains,
+)
 from lightning_wn.weight_norm.layers import LayerRule, rule_for
 from lightning_wn.weight_norm.parametrization import UnitLayout, WeightNorm, decompose
 from lightning_wn.weight_norm.selection import NamedLayer, select
 from lightning_wn.weight_norm.sharing import check_sharing
+from lightning_wn.weight_norm.state import add_state_hooks, remove_state_hooks
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -77,10 +93,14 @@ def apply_weight_norm(
 def fold_weight_norm(module: nn.Module) -> list[str]:
     """Replace the g and v of every weight-normalized layer by the plain weight they stand for, in place.
 
-    The weights do not change by this, bit for bit, and the layers get back their class and the order of their
-    parameters; type, device and ``requires_grad`` are kept (it is set if g or v has it). Layers that share g
-    and v share one weight again: fold the whole model then, not one of the layers. Other parametrizations are
-    left alone.
+    This folds what :func:`apply_weight_norm` or :class:`~lightning_wn.weight_norm.WeightNormCallback` made,
+    and what others made with torch, in both spellings: ``torch.nn.utils.parametrizations.weight_norm`` and
+    the older ``torch.nn.utils.weight_norm``, on any tensor and any ``dim``. The weights do not change by
+    this, bit for bit, and the layers get back their class and their parameters; type, device, ``training``
+    and ``requires_grad`` are kept (it is set if g or v has it). Layers that share g and v share one weight
+    again: fold the whole model then, not one of the layers. Other parametrizations are left alone.
+
+    A folded model is a plain one for ``torch.export``, TorchScript, ONNX and pickle.
 
     Args:
         module: The model, or a single layer.
@@ -89,17 +109,19 @@ def fold_weight_norm(module: nn.Module) -> list[str]:
         The qualified names of the layers that were folded.
 
     Raises:
-        ValueError: If another parametrization was registered on top of a normalized weight. The model is then
-            as it was.
+        ValueError: If another parametrization was registered on top of a normalized weight, or the
+            parameters are sharded. The model is then as it was.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8))
-        >>> apply_weight_norm(model) == fold_weight_norm(model) == ["0"]
-        True
-        >>> type(model[0]).__name__, [name for name, _ in model.named_parameters()]
-        ('Linear', ['0.weight', '0.bias'])
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 2)))
+        >>> apply_weight_norm(model)
+        ['0']
+        >>> fold_weight_norm(model)
+        ['0', '1']
+        >>> type(model[0]).__name__, [name for name, _ in model[1].named_parameters()]
+        ('Linear', ['weight', 'bias'])
     """
-    return fold(NamedLayer((name,), layer) for name, layer in module.named_modules() if weight_norm_of(layer))
+    return fold(NamedLayer((name,), layer) for name, layer in module.named_modules())
 
 
 def weight_norm_of(module: nn.Module) -> WeightNorm | None:
@@ -166,33 +188,83 @@ def rewrite(root: nn.Module, layers: Iterable[NamedLayer]) -> list[str]:
 
 
 def fold(layers: Iterable[NamedLayer]) -> list[str]:
-    """Fold these weight-normalized layers: see :func:`fold_weight_norm`."""
-    todo = list(layers)
-    for layer in todo:
-        if len(_parametrizations(layer.module)) > 1:
-            raise ValueError(
-                f"{layer} has another parametrization on top of its weight normalization, which cannot be "
-                "folded from under it: remove that one first with "
-                "`torch.nn.utils.parametrize.remove_parametrizations`."
+    """Fold these layers, as far as they are weight-normalized in any spelling: see :func:`fold_weight_norm`."""
+    todo = [(layer, parts) for layer in layers if (parts := _foldable(layer.module))]
+    for layer, parts in todo:
+        for part in parts:
+            if reason := part.refusal():
+                raise ValueError(f"{layer} {reason}")
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    for _, parts in todo:
+        for part in parts:
+            sources = part.sources()
+            key = tuple(map(id, sources))
+            if key not in weights:
+                trainable = any(source.requires_grad for source in sources)
+                weights[key] = nn.Parameter(part.weight(), requires_grad=trainable)
+            part.replace(weights[key])
+    return [layer.name for layer, _ in todo]
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """One normalized tensor of a module, about to be folded.
+
+    Attributes:
+        module: The module.
+        name: The tensor's name.
+        chain: Its parametrizations; None under the older hook of torch.
+    """
+
+    module: nn.Module
+    name: str
+    chain: parametrize.ParametrizationList | None
+
+    def refusal(self) -> str | None:
+        if self.chain is not None and len(self.chain) > 1:
+            return (
+                "has another parametrization on top of its weight normalization, which cannot be folded from "
+                "under it: remove that one first with `torch.nn.utils.parametrize.remove_parametrizations`."
             )
-    weights: dict[tuple[int, int], nn.Parameter] = {}
-    for layer in todo:
-        g, v = gain_and_direction(layer.module)
-        key = (id(g), id(v))
-        if key not in weights:
-            with torch.no_grad():
-                # not `module.weight`, which may come from a `parametrize.cached()` scope
-                weight = _parametrizations(layer.module)().detach()
-            weights[key] = nn.Parameter(weight, requires_grad=g.requires_grad or v.requires_grad)
-        _uninstall(layer.module, weights[key])
-    return [layer.name for layer in todo]
+        if any(isinstance(source, DTensor) for source in self.sources()):
+            return (
+                "is sharded, and its class is no longer its own: fold a model that is not, loaded from a "
+                'checkpoint of this one (`checkpoint="parametrized"`).'
+            )
+        return None
+
+    def sources(self) -> tuple[Tensor, Tensor]:
+        return legacy_parts(self.module, self.name) if self.chain is None else g_and_v(self.chain)
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        # not `module.weight`, which may come from a scope that keeps it
+        chain = self.chain
+        computed = legacy_weight(self.module, legacy_hooks(self.module)[self.name]) if chain is None else chain()
+        return cast(Tensor, computed).detach()
+
+    def replace(self, weight: nn.Parameter) -> None:
+        if self.chain is None:
+            remove_legacy(self.module, legacy_hooks(self.module)[self.name], weight)
+            return
+        _uninstall(self.module, weight, self.name)
+        if not torch_chains(self.module):
+            remove_compatibility_hook(self.module)
+
+
+def _foldable(module: nn.Module) -> list[_Folding]:
+    chains = weight_norm_chains(module) | torch_chains(module)
+    return [
+        *(_Folding(module, name, chain) for name, chain in chains.items()),
+        *(_Folding(module, name, None) for name in legacy_hooks(module)),
+    ]
 
 
 def _check_layer(layer: NamedLayer) -> UnitLayout:
     module = layer.module
     rule = rule_for(module)
     assert isinstance(rule, LayerRule)  # `select` returns supported types only
-    reason = rule.refusal(module) or _weight_refusal(plain_weight(module))
+    reason = rule.refusal(module) or _weight_refusal(plain_weight(module)) or _meta_refusal(module)
     if reason is not None:
         raise ValueError(f"{layer} cannot be weight-normalized: {reason}.")
     return rule.layout(module)
@@ -208,19 +280,31 @@ def _check_values(layer: NamedLayer, layout: UnitLayout) -> None:
 def _weight_refusal(weight: nn.Parameter) -> str | None:
     if is_lazy(weight):
         return "its weight has no shape yet: run one batch through the model first, or exclude the layer"
+    if isinstance(weight, DTensor):
+        return (
+            "its weight is a DTensor, sharded already: call `apply_weight_norm(self)` in `configure_model`, before "
+            "`fully_shard`, or exclude the layer"
+        )
     if type(weight) is not nn.Parameter:
         return (
-            f"its weight is a {type(weight).__name__}, and only plain Parameters are supported, not sharded "
-            "or quantized ones: shard or quantize after folding, or exclude the layer"
+            f"its weight is a {type(weight).__name__}, and only plain Parameters are supported, not "
+            "quantized ones: quantize after folding, or exclude the layer"
         )
-    if weight.is_meta:
-        return "its weight is on the meta device, without values: materialize it first, or exclude the layer"
     if weight.dtype not in _DTYPES:
         return f"its weight is of type {weight.dtype}, and only real floating point works: exclude the layer"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         return (
             "its weight has gradient hooks, which would never fire again: register them after the rewriting, "
             "or exclude the layer"
+        )
+    return None
+
+
+def _meta_refusal(module: nn.Module) -> str | None:
+    if plain_weight(module).is_meta and not hasattr(module, "reset_parameters"):
+        return (
+            "its weight is on the meta device, without values, and the class has no `reset_parameters` that "
+            "would give it some: materialize it first, or exclude the layer"
         )
     return None
 
@@ -239,30 +323,34 @@ def _install(
     # torch builds the containers around it in training mode
     assert isinstance(module.parametrizations, nn.ModuleDict)
     module.parametrizations.train(module.training)
+    compute_through_class(module, "weight")
+    add_state_hooks(module)
     if id(weight) in shared:
         parametrizations = _parametrizations(module)
         parametrizations.original0, parametrizations.original1 = shared[id(weight)]
     shared[id(weight)] = gain_and_direction(module)
 
 
-def _uninstall(module: nn.Module, weight: nn.Parameter) -> None:
+def _uninstall(module: nn.Module, weight: nn.Parameter, name: str = "weight") -> None:
     """Give the module this plain weight in place of its parametrization.
 
     torch's ``remove_parametrizations`` makes a buffer of a frozen weight, puts the weight behind the bias,
     and deletes the property from a class that deep copies of the module share.
     """
+    remove_state_hooks(module)
+    forget(module)
     plain_class = type(module).__bases__[0]
     assert isinstance(module.parametrizations, nn.ModuleDict)
-    del module.parametrizations["weight"]
+    del module.parametrizations[name]
     if len(module.parametrizations) == 0:
         del module.parametrizations
         module.__class__ = plain_class
     else:
-        _give_own_class(module, without="weight")
-    others = dict(module._parameters)
-    module._parameters.clear()
-    module.register_parameter("weight", weight)
-    module._parameters.update(others)
+        _give_own_class(module, without=name)
+        if weight_norm_chains(module):
+            add_state_hooks(module)
+    module.register_parameter(name, weight)
+    put_first(module, name)
 
 
 def _give_own_class(module: nn.Module, without: str | None = None) -> None:

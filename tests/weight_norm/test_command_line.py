@@ -46,6 +46,8 @@ def run(tmp_path, init_args):
         ({"modules": "net.*", "exclude": "*.0"}, ["net.2"]),
         ({"modules": "torch.nn.Linear"}, ["net.0", "net.2"]),
         ({"modules": ["torch.nn.Linear"], "exclude": "net.[01]"}, ["net.2"]),
+        ({"checkpoint": "parametrized", "log_signals": "layers", "cache_evaluation": False}, ["net.0", "net.2"]),
+        ({"checkpoint": "folded", "log_signals": True, "fold_on_fit_end": True}, []),
     ],
 )
 def test_the_callback_is_built_from_yaml(monkeypatch, tmp_path, init_args, names):

@@ -183,10 +183,8 @@ def test_applying_twice_changes_nothing():
 @pytest.mark.parametrize(
     "by",
     [
-        parametrizations.weight_norm,
         parametrizations.orthogonal,
         parametrizations.spectral_norm,
-        old_weight_norm,
         old_spectral_norm,
         lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
     ],
@@ -200,6 +198,17 @@ def test_a_computed_weight_is_left_alone(by):
     assert_unchanged(model[0], before)
     assert fold_weight_norm(model) == ["1"]
     assert_unchanged(model[0], before)
+
+
+@pytest.mark.parametrize("by", [parametrizations.weight_norm, old_weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchs_weight_norm_is_left_alone_until_folded(by):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    by(model[0])
+    before = snapshot(model[0])
+    assert apply_weight_norm(model) == ["1"]
+    assert_unchanged(model[0], before)
+    assert fold_weight_norm(model) == ["0", "1"]
 
 
 def test_a_parametrized_bias_is_kept_on_both_ways():
@@ -298,7 +307,7 @@ def test_a_sharded_weight_is_refused(tmp_path):
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         layer = nn.Linear(4, 4)
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
-        with pytest.raises(ValueError, match=r"its weight is a DTensor.*not sharded"):
+        with pytest.raises(ValueError, match=r"its weight is a DTensor.*before `fully_shard`"):
             apply_weight_norm(layer)
     finally:
         torch.distributed.destroy_process_group()

@@ -45,6 +45,14 @@ class AliasInside(nn.Linear):
         self.same_weight = self.weight
 
 
+class NoReset(nn.Linear):
+    reset_parameters = property()
+
+    def __init__(self, *args, device):
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.empty(*args, device=device))
+
+
 def untied_by_data():
     model = tied()
     model["head"].weight = nn.Parameter(model["embed"].weight.data)
@@ -73,7 +81,7 @@ def transposed_pair():
         (lambda: nn.Sequential(nn.Embedding(3, 2, sparse=True)), {"modules": "0"}, ["`sparse=True`", "'0'"]),
         (lambda: nn.Sequential(nn.Embedding(3, 2, max_norm=1)), {"modules": "0"}, ["`max_norm=1`"]),
         (lambda: nn.Sequential(nn.LazyLinear(3)), {}, ["has no shape yet", "run one batch"]),
-        (lambda: nn.Sequential(nn.Linear(3, 3, device="meta")), {}, ["meta device", "materialize"]),
+        (lambda: nn.Sequential(NoReset(3, 3, device="meta")), {}, ["meta device", "materialize"]),
         (lambda: nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)), {}, ["complex64", "real floating"]),
     ],
 )

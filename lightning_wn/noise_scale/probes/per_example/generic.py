@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_wn.noise_scale.probes.per_example.batch_axes import Axes
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError
-from lightning_wn.noise_scale.probes.per_example.weight_norm import is_legacy_hook
+from lightning_wn.weight_norm.foreign import is_legacy_hook
 
 Gradients = dict[str, Tensor]
 """Per-example gradients by parameter name, each (B, *parameter)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lightning_wn.noise_scale.probes.per_example.forms import Form, Outer, Rows, add_forms, dense_chunks, dense_sum
+from lightning_wn.weight_norm.foreign import is_legacy_hook
 from lightning_wn.weight_norm.parametrization import WeightNorm, unit_norm
 
 
@@ -131,11 +132,6 @@ def weight_norm_of(module: nn.Module) -> WeightNormed | None:
             g, v = module.weight_g, module.weight_v
             return _of_torch(g, v, hook.dim)  # type: ignore[attr-defined, arg-type]  # where its hook puts them
     return None
-
-
-def is_legacy_hook(hook: object) -> bool:
-    """Whether a forward pre-hook is ``torch.nn.utils.weight_norm``'s."""
-    return (type(hook).__module__, type(hook).__name__) == ("torch.nn.utils.weight_norm", "WeightNorm")
 
 
 def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNorm) -> WeightNormed:
