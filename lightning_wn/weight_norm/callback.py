@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
 from lightning_wn.weight_norm.checkpoint import fold_on_load
+from lightning_wn.weight_norm.first_batch import FirstBatch, check_init
+from lightning_wn.weight_norm.mean_only_batch_norm import (
+    attach,
+    check_momentum,
+    refuse_missing_mean_only,
+    refuse_without_bias,
+)
 from lightning_wn.weight_norm.optimizers import check_optimizers
 from lightning_wn.weight_norm.reparametrization import fold, has_plain_weight, rewrite
 from lightning_wn.weight_norm.selection import NamedLayer, Selection, select
@@ -47,14 +55,30 @@ class WeightNormCallback(Callback):
     - Put it before ``WeightAveraging`` and ``StochasticWeightAveraging``, which copy the model. They average
       g and v, each by itself.
     - Single-device and DDP strategies are supported; sharded parameters are refused.
+    - With ``init="data"`` the first training batch sets g and b so that each unit's pre-activation has mean 0
+      and variance 1, layer after layer: see
+      :class:`~lightning_wn.weight_norm.initialization.DataDependentInitialization`. That batch is the first
+      micro-batch of gradient accumulation, of all ranks together. No extra forward pass is run, and nothing is
+      set when ``fit`` resumes from a checkpoint or goes on with a model that was set before. A layer that the
+      batch does not reach keeps g and b, with a warning. ``LearningRateFinder`` and ``BatchSizeFinder`` run
+      before it, with the model as it was.
+    - ``mean_only_batch_norm=True`` puts a :class:`~lightning_wn.weight_norm.MeanOnlyBatchNorm` behind each
+      Linear and convolution: see :func:`~lightning_wn.weight_norm.add_mean_only_batch_norm`. To spare some
+      layers, such as the last, give them a callback of their own.
 
     Args:
         modules: What to normalize. None means Linear, Conv1-3d and ConvTranspose1-3d; else a type, a glob on
             qualified names, a predicate ``(name, module) -> bool``, or a list of these.
         exclude: What to leave alone, said in the same ways.
+        init: "keep" leaves the function that the model computes as it is; "data" sets g and b from the first
+            training batch.
+        mean_only_batch_norm: Whether layers subtract the mean of their outputs over the batch.
+        mean_only_momentum: How far its running means move towards the mean of each batch, in (0, 1].
+        mean_only_synchronize: Whether it takes means over the batches of all ranks, and not of each rank.
 
     Raises:
         TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
+        ValueError: If another argument is not one of what is allowed.
 
     Example::
 
@@ -80,12 +104,24 @@ class WeightNormCallback(Callback):
         modules: Sequence[ModuleSelector] | ModuleSelector | None = None,
         *,
         exclude: Sequence[ModuleSelector] | ModuleSelector = (),
+        init: Literal["keep", "data"] = "keep",
+        mean_only_batch_norm: bool = False,
+        mean_only_momentum: float = 0.1,
+        mean_only_synchronize: bool = False,
     ) -> None:
         if modules is not None:
             as_selectors("modules", modules)
         as_selectors("exclude", exclude)
+        check_init(init)
+        check_momentum("mean_only_momentum", mean_only_momentum)
         self.modules: ModuleSelection | None = modules
         self.exclude: ModuleSelection = exclude
+        self.init: Literal["keep", "data"] = init
+        self.mean_only_batch_norm = mean_only_batch_norm
+        self.mean_only_momentum = mean_only_momentum
+        self.mean_only_synchronize = mean_only_synchronize
+        # only while a fit waits for its first batch
+        self._first_batch: FirstBatch | None = None
         # names, and not modules: the callback has to be picklable for spawned processes
         self._rewritten: list[str] = []
         self._load_hooks: list[RemovableHandle] = []
@@ -107,17 +143,52 @@ class WeightNormCallback(Callback):
         self._rewritten = rewrite(pl_module, selection.layers)
         if self._rewritten:
             rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
+        if self.mean_only_batch_norm:
+            if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+                refuse_without_bias(selection.layers, type(trainer.strategy).__name__)
+            attach(selection.layers, momentum=self.mean_only_momentum, synchronize=self.mean_only_synchronize)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every selected layer is normalized and in the hands of an optimizer."""
         self._check(trainer, pl_module)
+        self._first_batch = None
+        if self.init == "data":
+            self._first_batch = FirstBatch.of(trainer, self._select(pl_module).layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check again, after the ``on_fit_start`` hooks of the model and of other callbacks."""
         self._check(trainer, pl_module)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the first batch initialize the layers that it runs through."""
+        if self._first_batch is not None:
+            self._first_batch.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say what the first batch initialized."""
+        if self._first_batch is not None:
+            self._first_batch.end()
+            self._first_batch = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not wait on inside validation for a batch that was skipped."""
+        if self._first_batch is not None:
+            self._first_batch.pause()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Complain if no batch came to initialize from."""
+        if self._first_batch is not None:
+            self._first_batch.refuse_empty_fit(trainer)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Clean up: ``teardown`` is not called after an exception."""
+        if self._first_batch is not None:
+            self._first_batch.cancel()
+            self._first_batch = None
         self._remove_load_hooks()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -146,6 +217,8 @@ class WeightNormCallback(Callback):
                 "`__init__` or `configure_model`, or end `LightningModule.setup` with "
                 "`apply_weight_norm(self)`, or exclude them."
             )
+        if self.mean_only_batch_norm:
+            refuse_missing_mean_only(selection.layers)
         check_optimizers(trainer.optimizers, selection.layers)
 
     def _refuse_copied_model(self, trainer: pl.Trainer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.weight_norm.layers import rule_for
+from lightning_wn.weight_norm.mean_only_batch_norm import fold_mean_of_state
 from lightning_wn.weight_norm.parametrization import compose, unit_norm
 from lightning_wn.weight_norm.reparametrization import has_plain_weight
 from lightning_wn.weight_norm.selection import NamedLayer
@@ -49,3 +50,4 @@ def _fold_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
         state_dict[f"{prefix}weight"] = compose(g, v, layout)
         for key in keys:
             del state_dict[key]
+        fold_mean_of_state(module, state_dict, prefix)

@@ -205,6 +205,8 @@ class WeightNorm(nn.Module):
         self.layout = layout
         # the Parameter that g and v took the place of, to recognise an optimizer that still holds it
         self.replaced: weakref.ref[nn.Parameter] | None = None
+        # data-dependent initialization happens once
+        self.saw_first_batch = False
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Compute the weight: see :func:`compose`."""

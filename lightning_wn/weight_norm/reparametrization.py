@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightning_wn.module_selectors import ModuleSelection
 from lightning_wn.weight_norm.layers import LayerRule, rule_for
+from lightning_wn.weight_norm.mean_only_batch_norm import fold_mean
 from lightning_wn.weight_norm.parametrization import UnitLayout, WeightNorm, decompose
 from lightning_wn.weight_norm.selection import NamedLayer, select
 from lightning_wn.weight_norm.sharing import check_sharing
@@ -185,6 +186,7 @@ def fold(layers: Iterable[NamedLayer]) -> list[str]:
                 weight = _parametrizations(layer.module)().detach()
             weights[key] = nn.Parameter(weight, requires_grad=g.requires_grad or v.requires_grad)
         _uninstall(layer.module, weights[key])
+        fold_mean(layer.module)
     return [layer.name for layer in todo]
 
 
