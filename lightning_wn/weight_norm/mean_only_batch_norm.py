@@ -92,7 +92,7 @@ class MeanOnlyBatchNorm(nn.Module):
 
     def _batch_mean(self, values: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(values.dtype, torch.float32)
-        rows = values.movedim(self.dim, 0).flatten(1)
+        rows = values.movedim(self.dim, 0).reshape(self.num_features, -1)
         total = rows.sum(1, dtype=wide)
         count = total.new_tensor(rows.shape[1])
         if self.synchronize and distributed.is_available() and distributed.is_initialized():

@@ -44,7 +44,7 @@ def unit_moments(values: Tensor, dim: int) -> UnitMoments:
         (tensor([2., 5.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
     wide = torch.float32 if values.device.type == "mps" else torch.float64
-    rows = values.movedim(dim, 0).flatten(1)
+    rows = values.movedim(dim, 0).reshape(values.shape[dim], -1)
     count = torch.tensor(float(rows.shape[1]), dtype=wide, device=rows.device)
     divisor = count.clamp_min(1.0)
     mean = rows.sum(1, dtype=wide) / divisor
