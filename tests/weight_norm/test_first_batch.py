@@ -328,5 +328,5 @@ def test_an_interrupted_first_batch_is_undone():
 
 
 def test_a_wrong_init_fails_when_the_callback_is_built():
-    with pytest.raises(ValueError, match='`init` got \'random\', but it must be "keep"'):
+    with pytest.raises(ValueError, match="`init` got 'random', but it must be \"keep\""):
         WeightNormCallback(init="random")

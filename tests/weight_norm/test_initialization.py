@@ -187,9 +187,7 @@ def test_only_called_layers_are_set_and_the_rest_is_named():
 
 
 def test_recurrent_attention_and_embedding_weights_are_left_alone():
-    model = nn.ModuleList(
-        [nn.Embedding(7, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)]
-    )
+    model = nn.ModuleList([nn.Embedding(7, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)])
     apply_weight_norm(model, [nn.Embedding, nn.Linear])
     kept = values(model)
     with DataDependentInitialization(named(model)) as initialization:
@@ -219,7 +217,9 @@ def test_half_parameters_get_moments_in_float32(dtype):
     initialize(layer, x)
     initialize(wide, x.float())
     expected = wide.parametrizations.weight.original0.to(dtype)
-    torch.testing.assert_close(layer.parametrizations.weight.original0, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(
+        layer.parametrizations.weight.original0, expected, rtol=2 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_autocast_does_not_reach_the_moments():

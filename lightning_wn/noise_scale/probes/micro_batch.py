@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.probes.base import same_parameters
 from lightning_wn.noise_scale.run_facts import largest_accumulation
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, summing_dtype
+from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _ELEMENTS_PER_CHECKSUM = 64
@@ -64,6 +65,11 @@ class MicroBatchProbe:
                 raise ValueError(
                     f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
                     "examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch statistics."
+                )
+            if trainer.world_size > 1 and isinstance(module, MeanOnlyBatchNorm) and module.synchronize:
+                raise ValueError(
+                    f"`GradientNoiseScaleCallback` needs independent ranks, and synchronized means in {name!r} mix their "
+                    "examples; leave `synchronize` and `mean_only_synchronize` False, so that each rank takes its own."
                 )
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
