@@ -25,7 +25,7 @@ from lightning_wn.weight_norm.mean_only_batch_norm import (
     refuse_without_bias,
 )
 from lightning_wn.weight_norm.optimizers import check_optimizers
-from lightning_wn.weight_norm.reparametrization import fold, has_plain_weight, rewrite
+from lightning_wn.weight_norm.reparametrization import Dim, check_dim, fold, plain_tensors, rewrite
 from lightning_wn.weight_norm.selection import NamedLayer, Selection, select
 
 # callbacks of Lightning that copy the model in their own `setup`, and later pair parameters by position
@@ -72,6 +72,7 @@ class WeightNormCallback(Callback):
         exclude: What to leave alone, said in the same ways.
         init: "keep" leaves the function that the model computes as it is; "data" sets g and b from the first
             training batch.
+        dim: "output" gives each output unit a length of its own; None gives each weight one.
         mean_only_batch_norm: Whether layers subtract the mean of their outputs over the batch.
         mean_only_momentum: How far its running means move towards the mean of each batch, in (0, 1].
         mean_only_synchronize: Whether it takes means over the batches of all ranks, and not of each rank.
@@ -105,6 +106,7 @@ class WeightNormCallback(Callback):
         *,
         exclude: Sequence[ModuleSelector] | ModuleSelector = (),
         init: Literal["keep", "data"] = "keep",
+        dim: Dim = "output",
         mean_only_batch_norm: bool = False,
         mean_only_momentum: float = 0.1,
         mean_only_synchronize: bool = False,
@@ -112,11 +114,13 @@ class WeightNormCallback(Callback):
         if modules is not None:
             as_selectors("modules", modules)
         as_selectors("exclude", exclude)
-        check_init(init)
+        check_init(init, dim)
+        check_dim(dim)
         check_momentum("mean_only_momentum", mean_only_momentum)
         self.modules: ModuleSelection | None = modules
         self.exclude: ModuleSelection = exclude
         self.init: Literal["keep", "data"] = init
+        self.dim: Dim = dim
         self.mean_only_batch_norm = mean_only_batch_norm
         self.mean_only_momentum = mean_only_momentum
         self.mean_only_synchronize = mean_only_synchronize
@@ -140,7 +144,7 @@ class WeightNormCallback(Callback):
         # what matches nothing may still match a layer that `LightningModule.setup` builds: see `on_fit_start`
         if _plain(selection):
             self._refuse_copied_model(trainer)
-        self._rewritten = rewrite(pl_module, selection.layers)
+        self._rewritten = rewrite(pl_module, selection.layers, self.dim)
         if self._rewritten:
             rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
         if self.mean_only_batch_norm:
@@ -239,7 +243,7 @@ class WeightNormCallback(Callback):
 
 
 def _plain(selection: Selection) -> list[NamedLayer]:
-    return [layer for layer in selection.layers if has_plain_weight(layer.module)]
+    return [layer for layer in selection.layers if plain_tensors(layer.module)]
 
 
 def _refuse_sharding(trainer: pl.Trainer) -> None:

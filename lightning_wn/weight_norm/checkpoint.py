@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.weight_norm.layers import rule_for
 from lightning_wn.weight_norm.mean_only_batch_norm import fold_mean_of_state
-from lightning_wn.weight_norm.parametrization import compose, unit_norm
-from lightning_wn.weight_norm.reparametrization import has_plain_weight
+from lightning_wn.weight_norm.parametrization import UnitLayout, compose, unit_norm
+from lightning_wn.weight_norm.reparametrization import has_plain_weight, plain_weight
 from lightning_wn.weight_norm.selection import NamedLayer
 
 
@@ -39,15 +39,17 @@ def fold_on_load(layers: Iterable[NamedLayer]) -> list[RemovableHandle]:
 
 
 def _fold_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    keys = [f"{prefix}parametrizations.weight.original{i}" for i in range(2)]
     rule = rule_for(module)
-    if rule is None or not has_plain_weight(module) or any(key not in state_dict for key in keys):
-        return
-    g, v = (state_dict[key] for key in keys)
-    layout = rule.layout(module)
-    # anything else, such as the norm over another dimension, is left to the strict check of names
-    if v.shape == module.weight.shape and g.shape == layout.gain(unit_norm(v, layout)).shape:
-        state_dict[f"{prefix}weight"] = compose(g, v, layout)
-        for key in keys:
-            del state_dict[key]
-        fold_mean_of_state(module, state_dict, prefix)
+    for tensor in rule.tensors(module) if rule is not None else ():
+        keys = [f"{prefix}parametrizations.{tensor}.original{i}" for i in range(2)]
+        if rule is None or not has_plain_weight(module, tensor) or any(key not in state_dict for key in keys):
+            continue
+        g, v = (state_dict[key] for key in keys)
+        # anything else, such as the norm over another dimension, is left to the strict check of names
+        for layout in (rule.layout(module), UnitLayout(per_tensor=True)):
+            fits = v.shape == plain_weight(module, tensor).shape and g.shape == layout.gain(unit_norm(v, layout)).shape
+            if fits and keys[0] in state_dict:
+                state_dict[f"{prefix}{tensor}"] = compose(g, v, layout)
+                for key in keys:
+                    del state_dict[key]
+                fold_mean_of_state(module, state_dict, prefix)

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_wn.weight_norm.initialization import DataDependentInitialization
+from lightning_wn.weight_norm.initialization import DataDependentInitialization, can_initialize
 from lightning_wn.weight_norm.reparametrization import weight_norm_of
 from lightning_wn.weight_norm.selection import NamedLayer
 
@@ -82,12 +82,17 @@ class FirstBatch:
             )
 
 
-def check_init(init: str) -> None:
-    """Raise unless this is a way to initialize."""
+def check_init(init: str, dim: str | None) -> None:
+    """Raise unless this is a way to initialize, and possible with this ``dim``."""
     if init not in ("keep", "data"):
         raise ValueError(
             f'`init` got {init!r}, but it must be "keep", which leaves the model\'s function as it is, or "data", '
             "which sets g and b from the first training batch."
+        )
+    if init == "data" and dim is None:
+        raise ValueError(
+            '`init="data"` sets the variance of each unit, and with `dim=None` the units of a weight have one length '
+            'together: take `dim="output"`, or `init="keep"`.'
         )
 
 
@@ -99,7 +104,7 @@ def _resumes(trainer: pl.Trainer) -> bool:
 
 def _is_fresh(layer: NamedLayer) -> bool:
     weight_norm = weight_norm_of(layer.module)
-    return weight_norm is not None and not weight_norm.saw_first_batch
+    return weight_norm is not None and not weight_norm.saw_first_batch and can_initialize(layer.module)
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -44,7 +44,8 @@ def can_initialize(module: nn.Module) -> bool:
     """Tell whether a layer is weight-normalized and one that data-dependent initialization knows.
 
     These are Linear, Bilinear, convolutions and transposed convolutions. An Embedding has no pre-activation,
-    and recurrent weights and attention's projections are used inside one call of their layer.
+    and recurrent weights and attention's projections are used inside one call of their layer. With
+    ``dim=None`` one g cannot set the variances of several units.
 
     Example:
         >>> from lightning_wn.weight_norm import apply_weight_norm
@@ -53,7 +54,8 @@ def can_initialize(module: nn.Module) -> bool:
         >>> [can_initialize(layer) for layer in model]
         [False, True]
     """
-    return weight_norm_of(module) is not None and gives_pre_activations(module)
+    weight_norm = weight_norm_of(module)
+    return weight_norm is not None and not weight_norm.layout.per_tensor and gives_pre_activations(module)
 
 
 class DataDependentInitialization:

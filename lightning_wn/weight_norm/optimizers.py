@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.optim import Optimizer
 
-from lightning_wn.weight_norm.reparametrization import gain_and_direction, weight_norm_of
+from lightning_wn.weight_norm.reparametrization import gain_and_direction, normalized_tensors, weight_norm_of
 from lightning_wn.weight_norm.selection import NamedLayer
 
 
@@ -41,17 +41,18 @@ def check_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[NamedLaye
         return
     stale, missing = [], []
     for layer in layers:
-        weight_norm = weight_norm_of(layer.module)
-        if weight_norm is None:
-            continue
-        replaced = weight_norm.replaced() if weight_norm.replaced is not None else None
-        if replaced is not None and id(replaced) in held:
-            stale.append(str(layer))
-        missing += [
-            f"{letter} of {layer}"
-            for letter, parameter in zip("gv", gain_and_direction(layer.module), strict=True)
-            if parameter.requires_grad and id(parameter) not in held
-        ]
+        for tensor in normalized_tensors(layer.module):
+            weight_norm = weight_norm_of(layer.module, tensor)
+            assert weight_norm is not None
+            owner = str(layer) if tensor == "weight" else f"{tensor} of {layer}"
+            replaced = weight_norm.replaced() if weight_norm.replaced is not None else None
+            if replaced is not None and id(replaced) in held:
+                stale.append(owner)
+            missing += [
+                f"{letter} of {owner}"
+                for letter, parameter in zip("gv", gain_and_direction(layer.module, tensor), strict=True)
+                if parameter.requires_grad and id(parameter) not in held
+            ]
     if stale:
         raise ValueError(
             f"An optimizer holds the plain weight of {_some(stale)}, which weight normalization has "

@@ -23,18 +23,25 @@ class UnitLayout:
             transposed convolutions, whose weight has the shape (in, out / groups, ...).
         groups: The groups of a transposed convolution. Output unit ``k * (out / groups) + j`` is made of the
             entries ``[i, j]`` of the input channels ``i`` of group ``k``.
+        per_tensor: Whether the whole weight is one unit.
     """
 
     transposed: bool = False
     groups: int = 1
+    per_tensor: bool = False
 
     @property
     def leading(self) -> int:
         """The number of leading dimensions that index units in :meth:`by_unit`."""
-        return 2 if self.transposed else 1
+        return 2 if self.transposed and not self.per_tensor else 1
 
     def by_unit(self, weight: Tensor) -> Tensor:
-        """View a weight with its units in front: (out, ...) or (groups, out / groups, in / groups, ...)."""
+        """View a weight with its units in front.
+
+        That is (out, ...), or (groups, out / groups, in / groups, ...), or (1, ...) per tensor.
+        """
+        if self.per_tensor:
+            return weight.unsqueeze(0)
         return self._grouped(weight) if self.transposed else weight
 
     def _grouped(self, weight: Tensor) -> Tensor:
@@ -43,14 +50,18 @@ class UnitLayout:
 
     def from_units(self, rows: Tensor) -> Tensor:
         """Undo :meth:`by_unit`."""
+        if self.per_tensor:
+            return rows.squeeze(0)
         return rows.movedim(1, 2).flatten(0, 1) if self.transposed else rows
 
     def gain(self, per_unit: Tensor) -> Tensor:
         """Reshape one number per unit, as reduced from :meth:`by_unit`, to the shape in which g is stored.
 
         That is the rank of the weight, with all output units on the output dimension and 1 elsewhere:
-        (out, 1, ...) or (1, out, 1, ...), in the order of the layer's output channels.
+        (out, 1, ...) or (1, out, 1, ...), in the order of the layer's output channels. Per tensor it is a scalar.
         """
+        if self.per_tensor:
+            return per_unit.reshape(())
         return per_unit.reshape(1, -1, *per_unit.shape[3:]) if self.transposed else per_unit
 
 
@@ -207,6 +218,8 @@ class WeightNorm(nn.Module):
         self.replaced: weakref.ref[nn.Parameter] | None = None
         # data-dependent initialization happens once
         self.saw_first_batch = False
+        # the names of the module's parameters, so that folding can put the weight back in its place
+        self.order: tuple[str, ...] = ()
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Compute the weight: see :func:`compose`."""
@@ -218,4 +231,6 @@ class WeightNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the layout where it is not the plain one."""
+        if self.layout.per_tensor:
+            return "per_tensor=True"
         return f"transposed=True, groups={self.layout.groups}" if self.layout.transposed else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -17,11 +18,18 @@ from lightning_wn.weight_norm.parametrization import UnitLayout, WeightNorm, dec
 from lightning_wn.weight_norm.selection import NamedLayer, select
 from lightning_wn.weight_norm.sharing import check_sharing
 
+Dim: TypeAlias = Literal["output"] | None
+"""What has a norm of its own: each output unit, or each weight."""
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def apply_weight_norm(
-    module: nn.Module, modules: ModuleSelection | None = None, *, exclude: ModuleSelection = ()
+    module: nn.Module,
+    modules: ModuleSelection | None = None,
+    *,
+    exclude: ModuleSelection = (),
+    dim: Dim = "output",
 ) -> list[str]:
     """Reparametrize the weights of a model as w = g · v/‖v‖, in place (arXiv 1602.07868, section 2).
 
@@ -33,6 +41,11 @@ def apply_weight_norm(
     What is one unit: a row for Linear and Embedding, an output channel for convolutions and transposed
     convolutions, with groups too. g has the rank of the weight, with the units on the output dimension:
     (out, 1) for Linear, (out, 1, 1, 1) for Conv2d, (1, out, 1, 1) for ConvTranspose2d.
+
+    Other layers, named in ``modules``, have several weights: LSTM, GRU, RNN and their cells those of inputs,
+    hidden numbers and projections, of all layers and directions, with each gate of each hidden number for a
+    unit; MultiheadAttention the projections of queries, keys and values, and its ``out_proj``. Of a Bilinear,
+    each output is a unit. A lazy layer has to be built first, by running a batch through the model.
 
     A layer whose weight is already computed (parametrized by anyone, pruned, or under torch's older
     weight-norm and spectral-norm hooks) is left alone. A weight that several selected layers share stays
@@ -46,8 +59,9 @@ def apply_weight_norm(
             against whole qualified names ("decoder.*"; ``*`` matches dots too), a predicate
             ``(name, module) -> bool``, or a list of these: a layer is selected if any entry selects it.
             Modules without a matrix of their own, such as containers, activations and normalization layers,
-            are passed over; one that has a matrix and is not supported, such as an LSTM, is an error.
+            are passed over; one that has a matrix and is not supported, such as an EmbeddingBag, is an error.
         exclude: What to leave alone, said in the same ways.
+        dim: "output" gives each output unit a length of its own; None gives each weight one, a scalar g.
 
     Returns:
         The qualified names of the layers that were rewritten, in the order of the model. A second call finds
@@ -55,8 +69,8 @@ def apply_weight_norm(
 
     Raises:
         TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
-        ValueError: If an entry matches nothing, or a selected layer cannot be normalized. The model is then
-            as it was.
+        ValueError: If an entry matches nothing, a selected layer cannot be normalized, or ``dim`` is neither. The
+            model is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -72,7 +86,7 @@ def apply_weight_norm(
     selection = select(module, modules, exclude)
     if selection.misses:
         raise ValueError(" ".join(selection.misses))
-    return rewrite(module, selection.layers)
+    return rewrite(module, selection.layers, dim)
 
 
 def fold_weight_norm(module: nn.Module) -> list[str]:
@@ -100,44 +114,66 @@ def fold_weight_norm(module: nn.Module) -> list[str]:
         >>> type(model[0]).__name__, [name for name, _ in model.named_parameters()]
         ('Linear', ['0.weight', '0.bias'])
     """
-    return fold(NamedLayer((name,), layer) for name, layer in module.named_modules() if weight_norm_of(layer))
+    return fold(NamedLayer((name,), layer) for name, layer in module.named_modules() if normalized_tensors(layer))
 
 
-def weight_norm_of(module: nn.Module) -> WeightNorm | None:
-    """Return the parametrization through which this package computes the module's weight, if it does."""
-    if not parametrize.is_parametrized(module, "weight"):
+def weight_norm_of(module: nn.Module, tensor: str = "weight") -> WeightNorm | None:
+    """Return the parametrization through which this package computes a weight of the module, if it does."""
+    if not parametrize.is_parametrized(module, tensor):
         return None
-    first = _parametrizations(module)[0]
+    first = _parametrizations(module, tensor)[0]
     return first if isinstance(first, WeightNorm) else None
 
 
-def gain_and_direction(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def normalized_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the module's weights that this package computes."""
+    found = module._modules.get("parametrizations")
+    return tuple(n for n in found if weight_norm_of(module, n)) if isinstance(found, nn.ModuleDict) else ()
+
+
+def gain_and_direction(module: nn.Module, tensor: str = "weight") -> tuple[nn.Parameter, nn.Parameter]:
     """Return the Parameters g and v of a weight-normalized module."""
-    parametrizations = _parametrizations(module)
+    parametrizations = _parametrizations(module, tensor)
     g, v = parametrizations.original0, parametrizations.original1
     assert isinstance(g, nn.Parameter)
     assert isinstance(v, nn.Parameter)
     return g, v
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Tell whether the module's weight is a Parameter of its own, and not computed from others."""
-    return module._parameters.get("weight") is not None
+def has_plain_weight(module: nn.Module, tensor: str = "weight") -> bool:
+    """Tell whether a weight of the module is a Parameter of its own, and not computed from others."""
+    return module._parameters.get(tensor) is not None
 
 
-def plain_weight(module: nn.Module) -> nn.Parameter:
+def plain_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a supported module that are Parameters of their own."""
+    rule = rule_for(module)
+    return tuple(n for n in rule.tensors(module) if has_plain_weight(module, n)) if rule is not None else ()
+
+
+def plain_weight(module: nn.Module, tensor: str = "weight") -> nn.Parameter:
     """Return the weight of a module that has a plain one: see :func:`has_plain_weight`."""
-    weight = module._parameters["weight"]
+    weight = module._parameters[tensor]
     assert weight is not None
     return weight
 
 
-def rewrite(root: nn.Module, layers: Iterable[NamedLayer]) -> list[str]:
+def check_dim(dim: Dim) -> None:
+    """Raise unless this says what has a norm of its own."""
+    if dim not in ("output", None):
+        raise ValueError(
+            f'`dim` got {dim!r}, but it must be "output", which gives each output unit a length of its own, or None, '
+            "which gives each weight one."
+        )
+
+
+def rewrite(root: nn.Module, layers: Iterable[NamedLayer], dim: Dim = "output") -> list[str]:
     """Reparametrize these layers of a model; those whose weight is already computed are left alone.
 
     Args:
         root: The model, in which other owners of the weights are looked for.
         layers: The layers, all of supported types.
+        dim: See :func:`apply_weight_norm`.
 
     Returns:
         The names of the layers that were rewritten.
@@ -145,71 +181,82 @@ def rewrite(root: nn.Module, layers: Iterable[NamedLayer]) -> list[str]:
     Raises:
         ValueError: If one of the layers cannot be rewritten. The model is then as it was.
     """
-    todo = [layer for layer in layers if has_plain_weight(layer.module)]
-    layouts = [_check_layer(layer) for layer in todo]
+    check_dim(dim)
+    todo = [(layer, tensor) for layer in layers for tensor in plain_tensors(layer.module)]
+    layouts = [_check_weight(layer, tensor, dim) for layer, tensor in todo]
     check_sharing(root, todo)
-    for layer, layout in zip(todo, layouts, strict=True):
-        _check_values(layer, layout)
+    for (layer, tensor), layout in zip(todo, layouts, strict=True):
+        _check_values(layer, tensor, layout)
 
     shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    done: list[tuple[nn.Module, nn.Parameter]] = []
+    done: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for layer, layout in zip(todo, layouts, strict=True):
-            weight = plain_weight(layer.module)
-            done.append((layer.module, weight))
-            _install(layer.module, weight, layout, shared)
+        for (layer, tensor), layout in zip(todo, layouts, strict=True):
+            weight = plain_weight(layer.module, tensor)
+            done.append((layer.module, tensor, weight))
+            _install(layer.module, tensor, layout, shared)
+            _rule(layer.module).after_rewriting(layer.module)
     except BaseException:
-        for module, weight in done:
-            if not has_plain_weight(module):
-                _uninstall(module, weight)
+        for module, tensor, weight in reversed(done):
+            if not has_plain_weight(module, tensor):
+                _uninstall(module, tensor, weight)
+                _rule(module).after_folding(module)
         raise
-    return [layer.name for layer in todo]
+    return list(dict.fromkeys(layer.name for layer, _ in todo))
 
 
 def fold(layers: Iterable[NamedLayer]) -> list[str]:
     """Fold these weight-normalized layers: see :func:`fold_weight_norm`."""
-    todo = list(layers)
-    for layer in todo:
-        if len(_parametrizations(layer.module)) > 1:
+    todo = [(layer, tensor) for layer in layers for tensor in normalized_tensors(layer.module)]
+    for layer, tensor in todo:
+        if len(_parametrizations(layer.module, tensor)) > 1:
             raise ValueError(
                 f"{layer} has another parametrization on top of its weight normalization, which cannot be "
                 "folded from under it: remove that one first with "
                 "`torch.nn.utils.parametrize.remove_parametrizations`."
             )
     weights: dict[tuple[int, int], nn.Parameter] = {}
-    for layer in todo:
-        g, v = gain_and_direction(layer.module)
+    for layer, tensor in todo:
+        g, v = gain_and_direction(layer.module, tensor)
         key = (id(g), id(v))
         if key not in weights:
             with torch.no_grad():
                 # not `module.weight`, which may come from a `parametrize.cached()` scope
-                weight = _parametrizations(layer.module)().detach()
+                weight = _parametrizations(layer.module, tensor)().detach()
             weights[key] = nn.Parameter(weight, requires_grad=g.requires_grad or v.requires_grad)
-        _uninstall(layer.module, weights[key])
+        _uninstall(layer.module, tensor, weights[key])
+        _rule(layer.module).after_folding(layer.module)
         fold_mean(layer.module)
-    return [layer.name for layer in todo]
+    return list(dict.fromkeys(layer.name for layer, _ in todo))
 
 
-def _check_layer(layer: NamedLayer) -> UnitLayout:
-    module = layer.module
+def _rule(module: nn.Module) -> LayerRule:
     rule = rule_for(module)
-    assert isinstance(rule, LayerRule)  # `select` returns supported types only
-    reason = rule.refusal(module) or _weight_refusal(plain_weight(module))
+    assert rule is not None  # `select` returns supported types only
+    return rule
+
+
+def _check_weight(layer: NamedLayer, tensor: str, dim: Dim) -> UnitLayout:
+    module = layer.module
+    reason = _rule(module).refusal(module) or _weight_refusal(plain_weight(module, tensor))
     if reason is not None:
         raise ValueError(f"{layer} cannot be weight-normalized: {reason}.")
-    return rule.layout(module)
+    return UnitLayout(per_tensor=True) if dim is None else _rule(module).layout(module)
 
 
-def _check_values(layer: NamedLayer, layout: UnitLayout) -> None:
+def _check_values(layer: NamedLayer, tensor: str, layout: UnitLayout) -> None:
     try:
-        decompose(plain_weight(layer.module), layout)
+        decompose(plain_weight(layer.module, tensor), layout)
     except ValueError as error:
         raise ValueError(f"{layer} cannot be weight-normalized: {error}.") from None
 
 
 def _weight_refusal(weight: nn.Parameter) -> str | None:
     if is_lazy(weight):
-        return "its weight has no shape yet: run one batch through the model first, or exclude the layer"
+        return (
+            "its weight has no shape yet: run one batch through the model first, in a LightningModule at the end of "
+            "`__init__` or in `configure_model`, or exclude the layer"
+        )
     if type(weight) is not nn.Parameter:
         return (
             f"its weight is a {type(weight).__name__}, and only plain Parameters are supported, not sharded "
@@ -228,43 +275,54 @@ def _weight_refusal(weight: nn.Parameter) -> str | None:
 
 
 def _install(
-    module: nn.Module,
-    weight: nn.Parameter,
-    layout: UnitLayout,
-    shared: dict[int, tuple[nn.Parameter, nn.Parameter]],
+    module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[int, tuple[nn.Parameter, nn.Parameter]]
 ) -> None:
-    if parametrize.is_parametrized(module):
-        _give_own_class(module)
+    weight = plain_weight(module, tensor)
     weight_norm = WeightNorm(layout)
     weight_norm.replaced = weakref.ref(weight)
-    parametrize.register_parametrization(module, "weight", weight_norm)
+    weight_norm.order = _order(module)
+    if parametrize.is_parametrized(module):
+        _give_own_class(module)
+    parametrize.register_parametrization(module, tensor, weight_norm)
     # torch builds the containers around it in training mode
     assert isinstance(module.parametrizations, nn.ModuleDict)
     module.parametrizations.train(module.training)
     if id(weight) in shared:
-        parametrizations = _parametrizations(module)
+        parametrizations = _parametrizations(module, tensor)
         parametrizations.original0, parametrizations.original1 = shared[id(weight)]
-    shared[id(weight)] = gain_and_direction(module)
+    shared[id(weight)] = gain_and_direction(module, tensor)
 
 
-def _uninstall(module: nn.Module, weight: nn.Parameter) -> None:
+def _order(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of the plain module by name, in their order."""
+    for tensor in normalized_tensors(module):
+        weight_norm = weight_norm_of(module, tensor)
+        assert weight_norm is not None
+        return weight_norm.order
+    return tuple(module._parameters)
+
+
+def _uninstall(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
     """Give the module this plain weight in place of its parametrization.
 
     torch's ``remove_parametrizations`` makes a buffer of a frozen weight, puts the weight behind the bias,
     and deletes the property from a class that deep copies of the module share.
     """
+    order = _order(module)
     plain_class = type(module).__bases__[0]
     assert isinstance(module.parametrizations, nn.ModuleDict)
-    del module.parametrizations["weight"]
+    del module.parametrizations[tensor]
     if len(module.parametrizations) == 0:
         del module.parametrizations
         module.__class__ = plain_class
     else:
-        _give_own_class(module, without="weight")
-    others = dict(module._parameters)
+        _give_own_class(module, without=tensor)
+    module.register_parameter(tensor, weight)
+    parameters = dict(module._parameters)
     module._parameters.clear()
-    module.register_parameter("weight", weight)
-    module._parameters.update(others)
+    for name in (*order, *parameters):
+        if name in parameters:
+            module._parameters[name] = parameters.pop(name)
 
 
 def _give_own_class(module: nn.Module, without: str | None = None) -> None:
@@ -274,8 +332,8 @@ def _give_own_class(module: nn.Module, without: str | None = None) -> None:
     module.__class__ = type(cls.__name__, cls.__bases__, members)
 
 
-def _parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
+def _parametrizations(module: nn.Module, tensor: str) -> parametrize.ParametrizationList:
     assert isinstance(module.parametrizations, nn.ModuleDict)
-    found = module.parametrizations["weight"]
+    found = module.parametrizations[tensor]
     assert isinstance(found, parametrize.ParametrizationList)
     return found

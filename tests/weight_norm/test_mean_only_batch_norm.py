@@ -77,9 +77,9 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_one_value_or_other_features_are_refused():
     layer = MeanOnlyBatchNorm(3)
-    with pytest.raises(ValueError, match="got 1 value per feature in training.*larger batch"):
+    with pytest.raises(ValueError, match=r"got 1 value per feature in training.*larger batch"):
         layer(torch.randn(1, 3))
-    with pytest.raises(ValueError, match="dimension 1 has 2 features.*built for 3"):
+    with pytest.raises(ValueError, match=r"dimension 1 has 2 features.*built for 3"):
         layer(torch.randn(4, 2))
     assert torch.equal(layer.running_mean, torch.zeros(3))
     layer.eval()(torch.randn(1, 3))
@@ -284,11 +284,13 @@ def test_data_dependent_initialization_sets_the_running_means(bias):
         limit_train_batches=1,
         limit_val_batches=0,
     )
+    outputs = []
+    for i in (0, 2):
+        model.net[i].register_forward_hook(lambda m, args, out: outputs.append(out))
     for mode in (model.train(), model.eval()):
-        outputs = []
-        for i in (0, 2):
-            mode.net[i].register_forward_hook(lambda m, args, out: outputs.append(out))
+        outputs.clear()
         mode.net(watch.batch[0])
+        assert len(outputs) == 2
         for out in outputs:
             torch.testing.assert_close(out.mean(0), torch.zeros(out.shape[1]), atol=1e-5, rtol=0)
             torch.testing.assert_close(out.std(0, correction=0), torch.ones(out.shape[1]), atol=1e-4, rtol=0)

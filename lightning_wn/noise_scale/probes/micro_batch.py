@@ -68,8 +68,8 @@ class MicroBatchProbe:
                 )
             if trainer.world_size > 1 and isinstance(module, MeanOnlyBatchNorm) and module.synchronize:
                 raise ValueError(
-                    f"`GradientNoiseScaleCallback` needs independent ranks, and synchronized means in {name!r} mix their "
-                    "examples; leave `synchronize` and `mean_only_synchronize` False, so that each rank takes its own."
+                    f"`GradientNoiseScaleCallback` needs independent ranks, and synchronized means in {name!r} mix "
+                    "their examples; leave `synchronize` (`mean_only_synchronize`) False: each rank then takes its own."
                 )
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
