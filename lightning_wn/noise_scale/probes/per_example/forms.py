@@ -176,7 +176,7 @@ def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     total: Tensor | None = None
     outer: Outer | None = None
     for form in add_forms(forms, shape):
-        squared = form.grad.square().flatten(1).sum(1) if isinstance(form, Dense) else form.squared()
+        squared = form.grad.square().reshape(len(form.grad), -1).sum(1) if isinstance(form, Dense) else form.squared()
         total = squared if total is None else total + squared
         if isinstance(form, Rows) and outer is not None:
             # a table that is also a projection: |a + b|² = |a|² + |b|² + 2<a, b>
