@@ -15,13 +15,18 @@ def mixed_loss(output):
     return (flat * weights).sum(1) + 0.5 * flat.sin().square().sum(1)
 
 
-def brute_force(parameters, losses):
+def per_example_gradients(parameters, losses):
     """One backward pass an example through the same graph, in which random numbers are the same too."""
-    total = []
-    for loss in losses:
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        total.append(sum(g.double().square().sum() for g in grads if g is not None))
-    return torch.stack(total)
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
+    return [torch.stack([row[k].to_dense().double() for row in rows]) for k in range(len(parameters))]
+
+
+def sq_norms(gradients):
+    return torch.stack([g.square().reshape(len(g), -1).sum(1) for g in gradients]).sum(0)
+
+
+def brute_force(parameters, losses):
+    return sq_norms(per_example_gradients(parameters, losses))
 
 
 def measure(model, parameters, run, batch_size, *, steps=1, norms=None, **options):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -15,16 +16,24 @@ from torch.optim import Optimizer
 
 from lightning_wn.batch_size.advice import BatchSizeAdvice, RunConfiguration, advise_batch_size
 from lightning_wn.lightning_imports import require_lightning_trainer
+from lightning_wn.module_selectors import ModuleSelector, as_selectors
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.mailbox import Mailbox
-from lightning_wn.noise_scale.metric import GradientNoiseScale, check_confidence, check_ema_decay
+from lightning_wn.noise_scale.metric import (
+    GradientNoiseScale,
+    check_confidence,
+    check_ema_decay,
+    synchronize_together,
+)
+from lightning_wn.noise_scale.optimizer_measurement import PRECONDITIONED, OptimizerMeasurement, ParameterChoice
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
+    first_accumulation,
     log_interval,
-    loss_scale,
     require_dense_gradients,
-    trainable_parameters,
+    step_to_log,
 )
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.noise_scale.selection import PROBES, choose_probe
@@ -33,8 +42,7 @@ from lightning_wn.noise_scale.summary import WARNINGS, summary_table
 _DEFAULT_EMA_DECAY = 0.99
 _SYNC_STEPS_WITHOUT_LOGGING = 50
 
-# moments and counts of the metric, cadence, probe
-_MAIL_SIZE = sum(len(state) for state in (GradientNoiseScale().moments, GradientNoiseScale().counts)) + 2
+_MAX_OPTIMIZERS_BY_MAIL = 16
 
 
 class GradientNoiseScaleCallback(Callback):
@@ -57,6 +65,13 @@ class GradientNoiseScaleCallback(Callback):
     - ``gns/suggested_batch_size``: reachable batch size nearest to the noise scale, in ``unit``
     - ``gns/coverage``: measured share of the trainable parameters, only where below 1
 
+    What is measured for a group or for one of several optimizers has its name in between, as in
+    ``gns/attention/noise_scale`` or ``gns/optimizer_1/noise_scale``.
+
+    In manual optimization the batch size is that of the batch, and the losses that go into one optimizer step are
+    taken to add up to the mean loss. One device measures there by ``consecutive`` where there are several optimizers,
+    and by ``micro_batch`` where you accumulate yourself and say so.
+
     Args:
         probe: Where gradient samples come from. ``"micro_batch"``: each rank's each micro-batch; needs gradient
             accumulation, DDP, or both. ``"sharded"``: the same under ModelParallelStrategy with FSDP2.
@@ -75,12 +90,20 @@ class GradientNoiseScaleCallback(Callback):
             default the common first dimension of the batch's tensors. A tensor result stays on its device.
         unit: The name of what is counted.
         prefix: Start of the logged keys; two instances in one Trainer need different ones.
+        layers: Measure only these parameters: a glob on qualified names of modules or parameters, a module type, a
+            predicate ``(name, module) -> bool``, or a list of these. The coverage in the estimate says so. None is all.
+        groups: Named sets of parameters, each said as in ``layers``, that get an estimate of their own beside the
+            total, from the same measurement: ``{"attention": "*.attn", "mlp": ["*.fc1", "*.fc2"]}``.
+        preconditioned: Measure, beside the plain gradient, the one that an Adam-like optimizer divides by its
+            √v̂ + ε; logged under ``preconditioned/``. Costs a few more passes over the gradients.
+        curvature_every_n_steps: Measure, every so many optimizer steps, the curvature-weighted noise scale
+            B_noise = tr(HΣ)/(GᵀHG) by Hessian-vector products on a copy of the model; logged under ``curvature/``.
+            One measurement costs about as much as 15 micro-batches. None does not measure it.
 
     Raises:
         ValueError: For arguments out of range, and before training starts for what cannot be measured:
-            a strategy other than single-device, DDP and FSDP2, SyncBatchNorm, manual optimization, sparse
-            gradients, no trainable parameters. At the first measured batch, if the number of examples cannot be
-            inferred.
+            a strategy other than single-device, DDP and FSDP2, SyncBatchNorm, sparse gradients, no trainable
+            parameters. At the first measured batch, if the number of examples cannot be inferred.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -103,9 +126,14 @@ class GradientNoiseScaleCallback(Callback):
         batch_size_fn: BatchSizeFn | None = None,
         unit: str = "examples",
         prefix: str = "gns",
+        layers: Sequence[ModuleSelector] | ModuleSelector | None = None,
+        groups: dict[str, Sequence[ModuleSelector] | ModuleSelector] | None = None,
+        preconditioned: bool = False,
+        curvature_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(probe, every_n_steps, ema_decay, half_life_steps)
+        _check_choice(layers, groups, curvature_every_n_steps)
         check_confidence(confidence)
         self.probe = probe
         self.every_n_steps = every_n_steps
@@ -115,38 +143,77 @@ class GradientNoiseScaleCallback(Callback):
         self.batch_size_fn = batch_size_fn
         self.unit = unit
         self.prefix = prefix
-        self._mailbox = Mailbox(_MAIL_SIZE)
+        self.layers = layers
+        self.groups = groups
+        self.preconditioned = preconditioned
+        self.curvature_every_n_steps = curvature_every_n_steps
+        self._choice = ParameterChoice(layers=layers, groups=dict(groups or {}), preconditioned=preconditioned)
+        empty = GradientNoiseScale(groups=self._choice.names)
+        size = empty.moments.numel() + empty.counts.numel()
+        self._mailbox = Mailbox(3 + (_MAX_OPTIMIZERS_BY_MAIL + 1) * size)
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
         self._restores = True
-        self._batch_examples: float | Tensor = math.nan
-        self._first_batch_examples: float | Tensor = math.nan
         self._start_afresh()
 
     # ------------------------------------------------------------------ what users ask
 
-    def estimate(self) -> NoiseScaleEstimate:
-        """Return the estimate as of the last synchronisation (log step, checkpoint, end of training).
+    def estimate(self, optimizer: int | None = None, group: str | None = None) -> NoiseScaleEstimate:
+        """Return an estimate as of the last synchronisation (log step, checkpoint, end of training).
 
         The same on every rank. Never communicates, so it may be called on one rank alone.
+
+        Args:
+            optimizer: Position among the LightningModule's optimizers; None is the only one.
+            group: A name in ``groups``, ``"preconditioned"`` or ``"curvature"`` where they are measured; None is
+                the simple noise scale of all measured parameters.
+
+        Raises:
+            ValueError: If there is no such optimizer or group, or several optimizers and none is named.
         """
         self._collect_mail()
-        return self._metric.estimate(
-            probe=self._probe.name, coverage=self._probe.coverage, approximate=bool(self._probe.approximate)
-        )
+        measurement = self._measurements[self._index_of(optimizer)]
+        if group == CURVATURE and self._curvature is not None:
+            return self._curvature.estimate()
+        names = self._groups
+        if group is not None and group not in names:
+            raise ValueError(f"`group` must be None or one of {list(names)}, got {group!r}; None is the total.")
+        return measurement.estimate(group)
 
-    def advise(self) -> BatchSizeAdvice:
-        """Return a batch size to try, with what it would change; as of the last synchronisation."""
-        estimate = self.estimate()
+    def estimates(self) -> dict[str, NoiseScaleEstimate]:
+        """Return all estimates, by what stands between ``prefix`` and the last part of their logged keys.
+
+        ``"total"`` is that of all measured parameters. With several optimizers each name starts with
+        ``"optimizer_0/"`` and so on.
+        """
+        self._collect_mail()
+        found = {}
+        for index in range(len(self._measurements)):
+            start = self._start_of_key(index)
+            for group in (None, *self._groups):
+                found[start + (group or "total")] = self.estimate(index, group)
+        return found
+
+    def advise(self, optimizer: int | None = None) -> BatchSizeAdvice:
+        """Return a batch size to try, with what it would change; as of the last synchronisation.
+
+        Args:
+            optimizer: Position among the LightningModule's optimizers; None is the only one.
+
+        Raises:
+            ValueError: If there are several optimizers and none is named.
+        """
+        estimate = self.estimate(optimizer)
         # of the step that the batch size is of, whatever the Trainer's factor has become since
-        micro_batches, ranks = self._metric.micro_batches_and_ranks
+        micro_batches, ranks = self._measurements[self._index_of(optimizer)].metric.micro_batches_and_ranks
         run = RunConfiguration(accumulate_grad_batches=micro_batches // ranks, num_ranks=ranks) if ranks else None
         return advise_batch_size(estimate, run or RunConfiguration())
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
         self._mailbox.collect()
-        self._metric.reset()
+        for metric in self._metrics:
+            metric.reset()
         self._last_logged_step = -1
 
     # ------------------------------------------------------------------ life cycle
@@ -159,87 +226,68 @@ class GradientNoiseScaleCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what is known before training, and start afresh."""
         # `test(ckpt_path="best")` after a fit must not put an earlier estimate in the place of the last one
-        self._restores = stage == "fit" or not self.estimate().num_measurements
+        self._restores = stage == "fit" or not self._has_measured()
         if stage != "fit":
             return
         require_lightning_trainer(trainer, type(self).__name__)
         # Lightning restores the state after this hook
         self._start_afresh()
+        self._accumulation = first_accumulation(trainer)
         self._choose_probe(trainer, pl_module, wrapped=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is known once the model is wrapped and the optimizer exists."""
-        parameters = trainable_parameters(trainer)
-        if not parameters:
-            raise ValueError(
-                "`GradientNoiseScaleCallback` has nothing to measure: the optimizer holds no parameter with "
-                "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
-            )
+        # a restored state may have brought some already
+        for _ in trainer.optimizers[len(self._measurements) :]:
+            self._measurements.append(self._new_measurement())
+        for measurement, optimizer in zip(self._measurements, trainer.optimizers, strict=False):
+            measurement.attach(optimizer, pl_module, alone=len(trainer.optimizers) == 1)
         # layers that setup or configure_model built were not there before
         self._choose_probe(trainer, pl_module, wrapped=True)
+        if self._curvature is not None:
+            self._curvature.require_measurable(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the run; a checkpoint has been restored by now under every strategy."""
         self._trainer = trainer
-        every_n_steps = self.every_n_steps or self._restored_every_n_steps
-        self._every_n_steps = every_n_steps or self._probe.default_every_n_steps
-        if self.half_life_steps is not None:
-            self._metric.ema_decay = 0.5 ** (self._every_n_steps / self.half_life_steps)
-        low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable_parameters(trainer))
-        # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
-        rounded = low_precision or self._probe.reduces_in_low_precision
-        self._metric.checksum_tolerance = 0.05 if rounded else 0.01
-        if self._probe.approximate:
-            rank_zero_warn(
-                f"`GradientNoiseScaleCallback` measures with the probe '{self._probe.name}', which is approximate: "
-                f"{self._probe.approximate}."
-            )
+        # a checkpoint of a run with more optimizers is none of this one's
+        del self._measurements[max(len(trainer.optimizers), 1) :]
+        self._settle_cadence()
+        self._warn_if_approximate()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
         self._stepped = False
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._measuring = self._probe.is_due(trainer.global_step, self._every_n_steps)
-            if self._measuring:
-                parameters = trainable_parameters(trainer)
-                self._probe.begin(trainer.global_step, self._every_n_steps, pl_module, parameters)
-                self._num_micro_batches = 0
-        if self._measuring:
-            self._batch_examples = count_examples(batch, self.batch_size_fn)
-            if not self._num_micro_batches:
-                self._first_batch_examples = self._batch_examples
-            self._probe.before_forward(self._batch_examples)
+        if trainer.accumulate_grad_batches != self._accumulation and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._choose_probe_anew(trainer, pl_module)
+        measuring = False
+        for measurement in self._measurements:
+            measurement.start_batch(trainer, pl_module, batch_idx)
+            measuring |= measurement.measuring
+        # in manual optimization a step may begin at any backward pass
+        if measuring or not pl_module.automatic_optimization:
+            count = count_examples(batch, self.batch_size_fn)
+            for measurement in self._measurements:
+                measurement.before_forward(count)
+        if self._curvature is not None:
+            self._curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the probe record this backward pass."""
-        if self._measuring:
-            self._probe.before_backward(loss)
+        for measurement in self._measurements:
+            measurement.before_backward(loss, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the micro-batch's gradient sample."""
-        if self._measuring:
-            # Lightning divides the loss by this factor, even in a window that ends early
-            weight = 1.0 / trainer.accumulate_grad_batches
-            self._probe.after_backward(self._batch_examples, weight, loss_scale(trainer, pl_module.device))
-            self._num_micro_batches += 1
+        for measurement in self._measurements:
+            measurement.after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the optimizer's gradient, before clipping, and hand the step to the metric."""
         self._stepped = True
-        if not self._measuring:
-            return
-        self._measuring = False
-        # a fused optimizer unscales within its step: here its gradients are still scaled
-        still_scaled = getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False)
-        grad_scale = loss_scale(trainer, pl_module.device) if still_scaled else None
-        # the last batch of an epoch may be short; a count on the device is not read
-        size, first = self._batch_examples, self._first_batch_examples
-        unequal = isinstance(size, Tensor) or isinstance(first, Tensor) or size != first
-        short = trainer.is_last_batch and unequal
-        full = self._num_micro_batches == trainer.accumulate_grad_batches and not short
-        samples = self._probe.finish(grad_scale, full=full)
-        if samples is not None:
-            self._metric.add_samples(samples)
+        for measurement, own in zip(self._measurements, trainer.optimizers, strict=False):
+            if own is optimizer:
+                measurement.before_step(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -247,21 +295,35 @@ class GradientNoiseScaleCallback(Callback):
         """Synchronise and log at log steps."""
         if not self._stepped:
             return
-        if trainer.global_step % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0:
+        self._step_to_log = step_to_log(trainer)
+        if (self._step_to_log + 1) % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0:
             self._synchronize(trainer)
             if log_interval(trainer):
                 self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Synchronise, log and print the last estimate, and leave no hook behind."""
-        self._probe.detach()
+        self._detach()
         self._synchronize(trainer)
         if log_interval(trainer):
             self._log(trainer)
         if trainer.local_rank == 0:
             self._post_mail()
-        rank_zero_info("\n" + summary_table(self.estimate(), self.advise(), self._metric.rejected, self._every_n_steps))
-        if not self._metric.counts[0]:
+        for index, measurement in enumerate(self._measurements):
+            name = self._start_of_key(index).rstrip("/")
+            others = {group: self.estimate(index, group) for group in self._groups}
+            rank_zero_info(
+                "\n"
+                + summary_table(
+                    measurement.estimate(),
+                    self.advise(index),
+                    measurement.metric.rejected,
+                    measurement.every_n_steps,
+                    optimizer=name,
+                    others=others,
+                )
+            )
+        if not self._has_measured():
             rank_zero_warn(
                 "`GradientNoiseScaleCallback` measured nothing: no optimizer step that it looked at had two usable "
                 "gradient samples; train for more steps, lower `every_n_steps`, or let an epoch have at least two "
@@ -275,8 +337,7 @@ class GradientNoiseScaleCallback(Callback):
         if self._trainer is not None and trainer.world_size == 1:
             with contextlib.suppress(RuntimeError):  # a broken device; its own error must come through
                 self._synchronize(trainer)
-        self._measuring = False
-        self._probe.detach()
+        self._detach()
         self._trainer = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -295,80 +356,212 @@ class GradientNoiseScaleCallback(Callback):
             if not interrupted or trainer.world_size == 1:
                 self._synchronize(trainer)
         return {
-            "moments": self._metric.moments.clone(),
-            "counts": self._metric.counts.clone(),
-            "every_n_steps": self._every_n_steps,
+            "every_n_steps": self._measurements[0].every_n_steps,
+            "optimizers": [
+                _metric_state(m.metric, ("total", *m.choice.names)) | {"steps": m.steps} for m in self._measurements
+            ],
+            "curvature": None if self._curvature is None else _metric_state(self._curvature.metric, (CURVATURE,)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`, except where a model is only evaluated after this callback measured."""
+        """Restore :meth:`state_dict`, except where a model is only evaluated after this callback measured.
+
+        What the checkpoint knows of groups that are not measured any more is left out; new groups start afresh.
+        """
         if not self._restores:
             return
-        self._metric.reset()
-        self._metric.moments = state_dict["moments"].clone().cpu()
-        self._metric.counts = state_dict["counts"].clone().cpu()
+        saved = state_dict["optimizers"]
+        for _ in saved[len(self._measurements) :]:
+            self._measurements.append(self._new_measurement())
+        for measurement, state in zip(self._measurements, saved, strict=False):
+            _restore_metric(measurement.metric, ("total", *measurement.choice.names), state)
+            measurement.steps = state["steps"]
+        if self._curvature is not None and state_dict["curvature"] is not None:
+            _restore_metric(self._curvature.metric, (CURVATURE,), state_dict["curvature"])
         self._restored_every_n_steps = state_dict["every_n_steps"]
 
     # ------------------------------------------------------------------ inside
 
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        """What is measured beside the total."""
+        return (*self._choice.names, *([CURVATURE] if self._curvature is not None else []))
+
+    @property
+    def _metrics(self) -> list[GradientNoiseScale]:
+        own = [self._curvature.metric] if self._curvature is not None else []
+        return [measurement.metric for measurement in self._measurements] + own
+
     def _start_afresh(self) -> None:
         self._mailbox.collect()
-        self._probe = PROBES[MicroBatchProbe.name if self.probe == "auto" else self.probe]()
-        self._metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
-        self._every_n_steps = self.every_n_steps or self._probe.default_every_n_steps
+        self._curvature = None
+        if self.curvature_every_n_steps is not None:
+            metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
+            self._curvature = CurvatureMeasurement(self.curvature_every_n_steps, metric)
+        self._probe_name = MicroBatchProbe.name if self.probe == "auto" else self.probe
+        self._measurements = [self._new_measurement()]
+        self._accumulation = 1
         self._restored_every_n_steps = None
-        self._measuring = False
         self._stepped = False
-        self._num_micro_batches = 0
+        self._step_to_log = -1
         self._last_logged_step = -1
         self._warned: set[Rejection] = set()
 
+    def _new_measurement(self) -> OptimizerMeasurement:
+        metric = GradientNoiseScale(
+            ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit, groups=self._choice.names
+        )
+        measurement = OptimizerMeasurement(self._choice, metric, PROBES[self._probe_name]())
+        measurement.every_n_steps = self.every_n_steps or measurement.every_n_steps
+        return measurement
+
+    def _index_of(self, optimizer: int | None) -> int:
+        count = len(self._measurements)
+        if optimizer is None and count > 1:
+            raise ValueError(
+                f"`optimizer` must be named where there are several, each with a noise scale of its own; give one of "
+                f"{list(range(count))}, or use `estimates()` for all."
+            )
+        index = optimizer or 0
+        if not 0 <= index < count:
+            raise ValueError(f"`optimizer` must be None or one of {list(range(count))}, got {optimizer!r}.")
+        return index
+
+    def _start_of_key(self, optimizer: int) -> str:
+        return f"optimizer_{optimizer}/" if len(self._measurements) > 1 else ""
+
+    def _has_measured(self) -> bool:
+        self._collect_mail()
+        return any(measurement.metric.num_measurements for measurement in self._measurements)
+
     def _choose_probe(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         require_dense_gradients(pl_module)
-        name = choose_probe(self.probe, trainer, pl_module)
-        if name != self._probe.name:
-            self._probe = PROBES[name]()
-        self._probe.require_readable(trainer, pl_module, wrapped=wrapped)
+        self._probe_name = choose_probe(self.probe, trainer, pl_module, self._accumulation)
+        for measurement in self._measurements:
+            if self._probe_name != measurement.probe.name:
+                measurement.take_probe(PROBES[self._probe_name]())
+            if self.preconditioned and not measurement.probe.can_precondition:
+                raise ValueError(
+                    f"`preconditioned=True` needs the whole denominator of the optimizer, and the probe "
+                    f"{self._probe_name!r} sees one shard of it on each rank; use DDP, or `preconditioned=False`."
+                )
+            measurement.probe.require_readable(trainer, pl_module, wrapped=wrapped)
+
+    def _choose_probe_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow a change of the accumulation factor, on every rank alike."""
+        self._accumulation = trainer.accumulate_grad_batches
+        name = choose_probe(self.probe, trainer, pl_module, self._accumulation)
+        if name == self._probe_name:
+            return
+        self._probe_name = name
+        for measurement in self._measurements:
+            measurement.take_probe(PROBES[name]())
+        self._settle_cadence()
+        self._warn_if_approximate()
+
+    def _settle_cadence(self) -> None:
+        for measurement in self._measurements:
+            probe = measurement.probe
+            every_n_steps = self.every_n_steps or self._restored_every_n_steps or probe.default_every_n_steps
+            measurement.every_n_steps = every_n_steps
+            if self.half_life_steps is not None:
+                measurement.metric.ema_decay = 0.5 ** (every_n_steps / self.half_life_steps)
+            low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in measurement.parameters)
+            # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
+            rounded = low_precision or probe.reduces_in_low_precision
+            measurement.metric.checksum_tolerance = 0.05 if rounded else 0.01
+        # the number belongs to the probe that it was chosen for
+        self._restored_every_n_steps = None
+
+    def _warn_if_approximate(self) -> None:
+        probe = self._measurements[0].probe
+        if probe.approximate:
+            rank_zero_warn(
+                f"`GradientNoiseScaleCallback` measures with the probe '{probe.name}', which is approximate: "
+                f"{probe.approximate}."
+            )
+
+    def _detach(self) -> None:
+        for measurement in self._measurements:
+            measurement.detach()
+        if self._curvature is not None:
+            self._curvature.forget_batches()
 
     def _synchronize(self, trainer: Trainer) -> None:
-        before = self._metric.rejected
-        self._metric.synchronize(across_ranks=trainer.world_size > 1)
-        for reason, count in self._metric.rejected.items():
-            if count > before[reason] and reason in WARNINGS and reason not in self._warned:
-                self._warned.add(reason)
-                rank_zero_warn(f"`GradientNoiseScaleCallback`: {WARNINGS[reason]}")
+        before = [metric.rejected for metric in self._metrics]
+        synchronize_together(self._metrics, across_ranks=trainer.world_size > 1)
+        for metric, counts in zip(self._metrics, before, strict=True):
+            for reason, count in metric.rejected.items():
+                if count > counts[reason] and reason in WARNINGS and reason not in self._warned:
+                    self._warned.add(reason)
+                    rank_zero_warn(f"`GradientNoiseScaleCallback`: {WARNINGS[reason]}")
 
     def _log(self, trainer: Trainer) -> None:
-        # the step that Lightning writes beside its own metrics of this optimizer step
-        step = trainer.global_step - 1
-        estimate = self.estimate()
-        if step == self._last_logged_step or not estimate.num_measurements:
+        if self._step_to_log == self._last_logged_step:
             return
-        self._last_logged_step = step
-        values = estimate.to_metrics() | {"suggested_batch_size": self.advise().suggested_batch_size}
-        if estimate.coverage < 1.0:
-            values["coverage"] = estimate.coverage
-        values = {f"{self.prefix}/{key}": value for key, value in values.items()}
+        values: dict[str, float] = {}
+        for index in range(len(self._measurements)):
+            for group in (None, *self._groups):
+                estimate = self.estimate(index, group)
+                if not estimate.num_measurements:
+                    continue
+                start = f"{self.prefix}/{self._start_of_key(index)}{group + '/' if group else ''}"
+                metrics = estimate.to_metrics()
+                if group is None:
+                    metrics["suggested_batch_size"] = self.advise(index).suggested_batch_size
+                if estimate.coverage < 1.0:
+                    metrics["coverage"] = estimate.coverage
+                values |= {start + key: value for key, value in metrics.items()}
+        if not values:
+            return
+        self._last_logged_step = self._step_to_log
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(values, step=self._step_to_log)
 
     def _post_mail(self) -> None:
-        probe = list(PROBES).index(self._probe.name)
-        state = [*self._metric.moments.tolist(), *self._metric.counts.tolist()]
-        self._mailbox.post([*state, self._every_n_steps, probe])
+        if len(self._measurements) > _MAX_OPTIMIZERS_BY_MAIL:
+            raise ValueError(
+                f"`GradientNoiseScaleCallback` brings home the results of {_MAX_OPTIMIZERS_BY_MAIL} optimizers at most "
+                f"from spawned processes, and there are {len(self._measurements)}; use `strategy='ddp'`."
+            )
+        first = self._measurements[0]
+        message = [float(len(self._measurements)), first.every_n_steps, list(PROBES).index(first.probe.name)]
+        for metric in self._metrics:
+            message += [*metric.moments.flatten().tolist(), *metric.counts.tolist()]
+        self._mailbox.post(message)
 
     def _collect_mail(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
         mail = self._mailbox.collect()
         if mail is None:
             return
-        num_moments = len(self._metric.moments)
-        self._metric.reset()
-        self._metric.moments = torch.tensor(mail[:num_moments], dtype=torch.float64)
-        self._metric.counts = torch.tensor(mail[num_moments:-2], dtype=torch.float64)
-        self._every_n_steps, probe = map(int, mail[-2:])
-        self._probe = PROBES[list(PROBES)[probe]]()
+        count, every_n_steps, probe = map(int, mail[:3])
+        self._probe_name = list(PROBES)[probe]
+        self._measurements = [self._new_measurement() for _ in range(count)]
+        numbers = iter(mail[3:])
+        for metric in self._metrics:
+            metric.reset()
+            metric.moments = _filled(metric.moments, numbers)
+            metric.counts = _filled(metric.counts, numbers)
+        for measurement in self._measurements:
+            measurement.every_n_steps = every_n_steps
+
+
+def _filled(like: Tensor, numbers: Iterator[float]) -> Tensor:
+    return torch.tensor(list(islice(numbers, like.numel())), dtype=torch.float64).reshape(like.shape)
+
+
+def _metric_state(metric: GradientNoiseScale, names: Sequence[str]) -> dict[str, Any]:
+    moments = {name: row.clone() for name, row in zip(names, metric.moments, strict=True)}
+    return {"moments": moments, "counts": metric.counts.clone()}
+
+
+def _restore_metric(metric: GradientNoiseScale, names: Sequence[str], state: dict[str, Any]) -> None:
+    metric.reset()
+    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in names]
+    metric.moments = torch.stack([row.cpu().to(torch.float64) for row in rows])
+    metric.counts = state["counts"].clone().cpu()
 
 
 def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, half_life_steps: float | None) -> None:
@@ -390,3 +583,21 @@ def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, ha
                 f"`ema_decay={ema_decay!r}` and `half_life_steps={half_life_steps!r}` say the same thing twice; "
                 "give one of them."
             )
+
+
+def _check_choice(layers: Any, groups: Any, curvature_every_n_steps: int | None) -> None:
+    if layers is not None:
+        as_selectors("layers", layers)
+    for name, selection in (groups or {}).items():
+        if not isinstance(name, str) or not name or "/" in name or name in ("total", PRECONDITIONED, CURVATURE):
+            raise ValueError(
+                f"`groups` must have names that can stand in a logged key, got {name!r}; choose another than 'total', "
+                f"'{PRECONDITIONED}' and '{CURVATURE}', without a slash."
+            )
+        as_selectors(f"groups[{name!r}]", selection)
+    every = curvature_every_n_steps
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(
+            f"`curvature_every_n_steps` must be a positive whole number of optimizer steps or None, got {every!r}; "
+            "1000 adds about 1 % to training time."
+        )

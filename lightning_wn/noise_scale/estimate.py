@@ -59,7 +59,6 @@ class NoiseScaleEstimate:
         moments: PairMoments,
         *,
         batch_size: float,
-        num_measurements: int,
         coverage: float,
         unit: str,
         probe: str,
@@ -67,6 +66,7 @@ class NoiseScaleEstimate:
         approximate: bool = False,
     ) -> NoiseScaleEstimate:
         """Build the estimate from the smoothed measurements."""
+        num_measurements = int(moments.count)
         enough = num_measurements >= MIN_MEASUREMENTS_FOR_INTERVAL
         lower, upper = moments.interval(confidence) if enough else (0.0, math.inf)
         noise_scale = moments.noise_scale()

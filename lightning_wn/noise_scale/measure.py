@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,10 +14,11 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_samples
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
-from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
-from lightning_wn.noise_scale.samples import GradientSamples
+from lightning_wn.noise_scale.norms import sum_of_squares
+from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -33,8 +34,9 @@ def measure_noise_scale(
     confidence: float = 0.95,
     batch_size_fn: BatchSizeFn | None = None,
     unit: str = "examples",
+    curvature: bool = False,
 ) -> NoiseScaleEstimate:
-    """Measure the gradient noise scale of a model as it is: fresh, or from a checkpoint.
+    r"""Measure the gradient noise scale of a model as it is: fresh, or from a checkpoint.
 
     Each batch of ``data`` gives one gradient sample, and ``samples_per_measurement`` of them one measurement
     of |G|² and tr(Σ) (arXiv 1812.06162, appendix A.1). Measurements are averaged until the interval is
@@ -52,10 +54,13 @@ def measure_noise_scale(
         confidence: Level of the interval, in (0, 1).
         batch_size_fn: From a batch to the number of examples that its loss is a mean over.
         unit: The name of what is counted.
+        curvature: Measure the curvature-weighted noise scale B_noise = tr(HΣ)/(GᵀHG) of section 2.2 of the paper
+            in the place of tr(Σ)/\|G\|²: closer to the critical batch size where directions differ in curvature, and
+            noisier. Each measurement takes one batch more, whose Hessian H is multiplied with the gradients.
 
     Returns:
         The estimate; ``batch_size`` is that of a batch of ``data``. The interval says whether
-        ``relative_error`` was reached.
+        ``relative_error`` was reached. With ``curvature``, ``grad_sq_norm`` holds GᵀHG and ``cov_trace`` tr(HΣ).
 
     Raises:
         ValueError: For arguments out of range, a model without loss, no trainable parameters, data that gives
@@ -84,7 +89,7 @@ def measure_noise_scale(
             "model and a batch to the mean loss."
         )
     metric = GradientNoiseScale(ema_decay=1.0, confidence=confidence, unit=unit)
-    copied = _copy_without_trainer(model).train()
+    copied = copy_for_measuring(model)
     parameters = [parameter for parameter in copied.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("`model` has no parameter with `requires_grad=True`; unfreeze what is to be measured.")
@@ -92,18 +97,23 @@ def measure_noise_scale(
     device = parameters[0].device
     count = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        for window in _windows(data, samples_per_measurement, max_batches):
-            samples = _Samples(parameters)
-            for batch in window:
-                size = count_examples(batch, batch_size_fn)
-                samples.add(_loss(copied, move_data_to_device(batch, device), count, loss_fn), size)
-                count += 1
-            metric.add_samples(samples.finish())
+        for window in _windows(data, samples_per_measurement + curvature, max_batches):
+            batches = [
+                (partial(_loss, copied, batch, count + index, loss_fn, device), size)
+                for index, (batch, size) in enumerate((b, count_examples(b, batch_size_fn).total) for b in window)
+            ]
+            count += len(window)
+            if curvature:
+                if len(batches) <= 2:  # what a pass over the data leaves
+                    continue
+                metric.add_samples(curvature_samples(parameters, batches[0][0], batches[1:]))
+            else:
+                metric.add_samples(_mean_gradient_samples(parameters, batches))
             metric.synchronize(across_ranks=False)
             estimate = metric.estimate()
             if (estimate.upper - estimate.lower) / 2 <= relative_error * estimate.noise_scale < math.inf:
                 break
-    estimate = metric.estimate(probe="micro_batch")
+    estimate = metric.estimate(probe="curvature" if curvature else "micro_batch")
     if not estimate.num_measurements:
         raise ValueError(
             f"`data` gave {count} batches, none of two or more with finite gradients; pass more or smaller batches, "
@@ -112,47 +122,34 @@ def measure_noise_scale(
     return estimate
 
 
-class _Samples:
-    """Gradient samples of one measurement: their norms, and the running sum of the gradients."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.sizes: list[float | Tensor] = []
-        self.sq_norms: list[Tensor] = []
-        self.sum: list[Tensor] | None = None
-
-    def add(self, loss: Tensor, size: float | Tensor) -> None:
-        gradients = [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(
-                self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
-            )
-        ]
-        self.sq_norms.append(_sq_norm(gradients))
-        self.sizes.append(size)
-        if self.sum is None:
-            self.sum = [gradient.clone() for gradient in gradients]
+def _mean_gradient_samples(
+    parameters: list[nn.Parameter], batches: Sequence[tuple[Callable[[], Tensor], float | Tensor]]
+) -> GradientSamples:
+    """Take the norm of each batch's gradient and of their mean; keeps the running sum of the gradients."""
+    device = parameters[0].device
+    like = torch.zeros((), device=device, dtype=summing_dtype(device))
+    total: list[Tensor] = []
+    sq_norms = []
+    for loss, _ in batches:
+        found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        sq_norms.append(sum_of_squares(gradients, like))
+        if total:
+            torch._foreach_add_(total, gradients)
         else:
-            torch._foreach_add_(self.sum, gradients)
-
-    def finish(self) -> GradientSamples:
-        assert self.sum is not None
-        count = len(self.sizes)
-        sizes = [torch.as_tensor(size, dtype=torch.float64) for size in self.sizes]
-        return GradientSamples(
-            sq_norms=torch.stack(self.sq_norms),
-            sizes=torch.stack([size.to(self.sq_norms[0].device) for size in sizes]),
-            weights=[1.0] * count,
-            grad_sq_norm=_sq_norm(self.sum) / count**2,
-            examples=self.sizes[0],
-        )
+            total = [gradient.clone() for gradient in gradients]
+    count = len(batches)
+    return GradientSamples(
+        sq_norms=torch.stack(sq_norms),
+        sizes=torch.stack([torch.as_tensor(size, dtype=like.dtype).to(device) for _, size in batches]),
+        weights=[1.0] * count,
+        grad_sq_norm=sum_of_squares(total, like) / count**2,
+        examples=batches[0][1],
+    )
 
 
-def _sq_norm(gradients: list[Tensor]) -> Tensor:
-    return torch.stack([norm.double() for norm in foreach_norms(gradients)]).square().sum()
-
-
-def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None) -> Tensor:
+def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None, device: torch.device) -> Tensor:
+    batch = move_data_to_device(batch, device)
     output: Any = model.training_step(batch, index) if loss_fn is None else loss_fn(model, batch)  # type: ignore[operator]  # checked
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -180,9 +177,3 @@ def _windows(data: Iterable[Any] | LightningDataModule, length: int, limit: int)
             yield window
         if left == before:  # a generator ends once
             return
-
-
-def _copy_without_trainer(model: nn.Module) -> nn.Module:
-    """Copy the model, but not the Trainer that a LightningModule may be attached to."""
-    memo = {id(trainer): None for trainer in [getattr(model, "_trainer", None)] if trainer is not None}
-    return copy.deepcopy(model, memo)

@@ -20,8 +20,8 @@ from lightning_wn.noise_scale.samples import (
 from lightning_wn.noise_scale.statistics import PairMoments
 
 _NUM_MOMENTS = len(PairMoments().to_list())
-# columns of the counts: measurements; the last full step's examples, micro-batches and ranks; rejected steps by reason
-_MEASUREMENTS, _EXAMPLES, _MICRO_BATCHES, _RANKS, _REJECTED = range(5)
+# columns of the counts: the last full step's examples, micro-batches and ranks; rejected steps by reason
+_EXAMPLES, _MICRO_BATCHES, _RANKS, _REJECTED = range(4)
 
 
 def _same_on_all_ranks(stacked: Tensor) -> Tensor:
@@ -50,17 +50,19 @@ class GradientNoiseScale(Metric):
 
     As input to ``update`` the metric takes
 
-    - ``sample_sq_norms`` (Tensor): |g_k|² of this rank's K samples, shape (K,)
+    - ``sample_sq_norms`` (Tensor): |g_k|² of this rank's K samples, shape (K,); with ``groups`` shape
+      (K, 1 + number of groups), the first column being that of all parameters
     - ``sample_sizes`` (sequence of numbers, or Tensor): examples n_k behind each, shape (K,)
-    - ``grad_sq_norm`` (Tensor): |ḡ|² of the mean over the samples of all ranks, shape ()
+    - ``grad_sq_norm`` (Tensor): |ḡ|² of the mean over the samples of all ranks, shape () or (1 + number of groups,)
 
     As output of ``compute`` it returns a dict of scalar tensors: ``noise_scale``, ``noise_scale_lower``,
-    ``noise_scale_upper``, ``grad_sq_norm``, ``cov_trace``, ``batch_size``.
+    ``noise_scale_upper``, ``grad_sq_norm``, ``cov_trace``, ``batch_size``; for a group, after its name and a slash.
 
     Args:
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean.
         confidence: Level of the interval, in (0, 1).
         unit: What ``sample_sizes`` count.
+        groups: Names of the sets of parameters that are measured beside all of them.
         checksum_tolerance: Largest relative difference of checksums, where the samples carry them.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
@@ -89,6 +91,7 @@ class GradientNoiseScale(Metric):
         ema_decay: float = 0.99,
         confidence: float = 0.95,
         unit: str = "examples",
+        groups: Sequence[str] = (),
         checksum_tolerance: float = 0.01,
         **kwargs: Any,
     ) -> None:
@@ -98,14 +101,16 @@ class GradientNoiseScale(Metric):
         self.ema_decay = ema_decay
         self.confidence = confidence
         self.unit = unit
+        self.groups = tuple(groups)
         self.checksum_tolerance = checksum_tolerance
-        # on every rank alike after each synchronisation
-        zeros = torch.zeros(_NUM_MOMENTS, dtype=torch.float64)
+        # on every rank alike after each synchronisation; shape (1 + groups, moments)
+        zeros = torch.zeros(1 + len(self.groups), _NUM_MOMENTS, dtype=torch.float64)
         self.add_state("moments", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
         zeros = torch.zeros(_REJECTED + len(Rejection), dtype=torch.float64)
         self.add_state("counts", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
-        # this rank's rows since then, shape (steps, ROW_SIZE)
-        self.add_state("pending", torch.zeros(0, ROW_SIZE, dtype=torch.float64), dist_reduce_fx="sum")
+        # this rank's rows since then, shape (steps, columns of a row)
+        zeros = torch.zeros(0, ROW_SIZE + 2 * len(self.groups), dtype=torch.float64)
+        self.add_state("pending", zeros, dist_reduce_fx="sum")
 
     def update(
         self,
@@ -117,13 +122,13 @@ class GradientNoiseScale(Metric):
         """Add one optimizer step.
 
         Args:
-            sample_sq_norms: |g_k|² of this rank's samples, shape (K,).
+            sample_sq_norms: |g_k|² of this rank's samples, shape (K,) or (K, 1 + groups).
             sample_sizes: Examples n_k behind each sample, shape (K,).
-            grad_sq_norm: |ḡ|² of the weighted mean gradient over all ranks' samples, shape ().
+            grad_sq_norm: |ḡ|² of the weighted mean gradient over all ranks' samples, shape () or (1 + groups,).
             sample_weights: Weights w_k of the samples in ḡ, shape (K,); equal by default.
 
         Raises:
-            ValueError: If the three do not have one entry a sample.
+            ValueError: If they do not have one entry a sample, or the norms not one a group.
         """
         count = len(sample_sq_norms)
         weights = [1.0] * count if sample_weights is None else sample_weights
@@ -131,6 +136,13 @@ class GradientNoiseScale(Metric):
             raise ValueError(
                 f"`sample_sq_norms`, `sample_sizes` and `sample_weights` must have one entry a sample, got "
                 f"{count}, {len(sample_sizes)} and {len(weights)}; pass equally many of each."
+            )
+        sets = 1 + len(self.groups)
+        if (sample_sq_norms.numel(), grad_sq_norm.numel()) != (count * sets, sets):
+            raise ValueError(
+                f"`sample_sq_norms` and `grad_sq_norm` must have {sets} norms a sample, that of all parameters and one "
+                f"for each of `groups={list(self.groups)}`, got shapes {tuple(sample_sq_norms.shape)} and "
+                f"{tuple(grad_sq_norm.shape)}; pass (K, {sets}) and ({sets},)."
             )
         self.add_samples(
             GradientSamples(sq_norms=sample_sq_norms, sizes=sample_sizes, weights=weights, grad_sq_norm=grad_sq_norm)
@@ -156,7 +168,11 @@ class GradientNoiseScale(Metric):
         moments, counts = self._folded()
         if not self._is_synced:
             self.moments, self.counts, self.pending = moments, counts, self.pending[:0]
-        values = self._estimate_from(moments, counts).to_metrics()
+        values: dict[str, float] = {}
+        for index, group in enumerate((None, *self.groups)):
+            start = "" if group is None else f"{group}/"
+            metrics = self._estimate_from(moments[index], counts).to_metrics()
+            values |= {start + key: value for key, value in metrics.items()}
         return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
 
     def synchronize(self, *, across_ranks: bool | None = None) -> None:
@@ -168,27 +184,33 @@ class GradientNoiseScale(Metric):
         Args:
             across_ranks: Whether to add up the ranks' rows; by default, whenever torch.distributed runs.
         """
-        if not len(self.pending):
-            return
-        if across_ranks is None:
-            across_ranks = _world_size() > 1
-        if across_ranks:
-            self.pending = self.pending.clone()
-            torch.distributed.all_reduce(self.pending, group=self.process_group)
-        self.moments, self.counts = self._folded()
-        self.pending = self.pending[:0]
+        synchronize_together([self], across_ranks=across_ranks)
 
-    def estimate(self, *, probe: str = "", coverage: float = 1.0, approximate: bool = False) -> NoiseScaleEstimate:
+    def estimate(
+        self, group: str | None = None, *, probe: str = "", coverage: float = 1.0, approximate: bool = False
+    ) -> NoiseScaleEstimate:
         """Return the estimate as of the last :meth:`synchronize` or (on one rank) :meth:`compute`.
 
         Never communicates.
 
         Args:
+            group: Which of ``groups``; None is all parameters.
             probe: Name of the probe, for the record.
             coverage: Measured share of the trainable parameters.
             approximate: Whether the probe is only approximate.
+
+        Raises:
+            ValueError: If there is no such group.
         """
-        return self._estimate_from(self.moments, self.counts, probe=probe, coverage=coverage, approximate=approximate)
+        if group is not None and group not in self.groups:
+            raise ValueError(f"`group` must be None or one of {list(self.groups)}, got {group!r}; None is the total.")
+        moments = self.moments[0 if group is None else 1 + self.groups.index(group)]
+        return self._estimate_from(moments, self.counts, probe=probe, coverage=coverage, approximate=approximate)
+
+    @property
+    def num_measurements(self) -> int:
+        """Optimizer steps that were measured and used, as of the last synchronisation."""
+        return int(PairMoments.from_list(self.moments[0].tolist()).count)
 
     @property
     def rejected(self) -> dict[Rejection, int]:
@@ -202,34 +224,39 @@ class GradientNoiseScale(Metric):
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Moments and counts after the buffered rows; the buffer must hold the sum over ranks."""
-        moments = PairMoments.from_list(self.moments.tolist())
+        moments = [PairMoments.from_list(values) for values in self.moments.tolist()]
         counts = self.counts.tolist()
         for row in self.pending.tolist():
             result = measurement_from_row(row, self.checksum_tolerance)
             if isinstance(result, Rejection):
                 counts[_REJECTED + result] += 1
                 continue
-            moments = moments.updated(result.grad_sq_norm, result.cov_trace, self.ema_decay)
-            counts[_MEASUREMENTS] += 1
+            for index, pair in enumerate(result.pairs):
+                if pair is not None:
+                    moments[index] = moments[index].updated(*pair, self.ema_decay)
             # short windows do not tell the batch size in use
             if result.full or not counts[_EXAMPLES]:
                 counts[_EXAMPLES:_REJECTED] = result.examples, result.micro_batches, result.ranks
-        return self.moments.new_tensor(moments.to_list()), self.counts.new_tensor(counts)
+        return self.moments.new_tensor([m.to_list() for m in moments]), self.counts.new_tensor(counts)
 
     def _estimate_from(
         self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0, approximate: bool = False
     ) -> NoiseScaleEstimate:
-        num_measurements, batch_size = counts[[_MEASUREMENTS, _EXAMPLES]].tolist()
         return NoiseScaleEstimate.from_moments(
             PairMoments.from_list(moments.tolist()),
-            batch_size=batch_size,
-            num_measurements=int(num_measurements),
+            batch_size=float(counts[_EXAMPLES]),
             coverage=coverage,
             unit=self.unit,
             probe=probe,
             confidence=self.confidence,
             approximate=approximate,
         )
+
+    def fold_pending(self, summed: Tensor) -> None:
+        """Fold rows into the moving averages that are already summed over the ranks; buffered ones are dropped."""
+        self.pending = summed
+        self.moments, self.counts = self._folded()
+        self.pending = self.pending[:0]
 
     def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
         """Plot one result of :meth:`compute`, or several in order, as the noise scale with its interval.
@@ -253,6 +280,21 @@ class GradientNoiseScale(Metric):
         draw_noise_scale(ax, list(range(1, len(results) + 1)), *series, unit=self.unit)
         ax.set_xlabel("result")
         return fig, ax
+
+
+def synchronize_together(metrics: Sequence[GradientNoiseScale], *, across_ranks: bool | None = None) -> None:
+    """Synchronise several metrics with a single all-reduce; see :meth:`GradientNoiseScale.synchronize`."""
+    waiting = [metric for metric in metrics if len(metric.pending)]
+    if not waiting:
+        return
+    rows = [metric.pending for metric in waiting]
+    if _world_size() > 1 if across_ranks is None else across_ranks:
+        flat = torch.cat([pending.flatten() for pending in rows])
+        torch.distributed.all_reduce(flat, group=waiting[0].process_group)
+        parts = torch.split(flat, [pending.numel() for pending in rows])
+        rows = [part.reshape(pending.shape) for part, pending in zip(parts, rows, strict=True)]
+    for metric, summed in zip(waiting, rows, strict=True):
+        metric.fold_pending(summed)
 
 
 def check_ema_decay(ema_decay: float) -> None:

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 
-def trainable_parameters(trainer: Trainer) -> list[nn.Parameter]:
-    """Return the parameters that the optimizer moves; fine-tuning callbacks change them in mid-run."""
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-
-
 def loss_scale(trainer: Trainer, device: torch.device) -> Tensor | None:
     """Return the gradient scaler's factor, on the device; `get_scale()` would wait for it."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
+
+
+def has_loss_scaler(trainer: Trainer) -> bool:
+    """Whether gradients carry the factor of a scaler during backward."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def log_interval(trainer: Trainer) -> int:
     """Return ``Trainer(log_every_n_steps=...)``; 0 is never."""
     return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set outside Trainer.__init__
+
+
+def first_accumulation(trainer: Trainer) -> int:
+    """Return the micro-batches of the first optimizer step, as far as it is known before training starts."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside Trainer.__init__
+        if isinstance(callback, GradientAccumulationScheduler):
+            return int(callback.get_accumulate_grad_batches(trainer.current_epoch))
+    return int(trainer.accumulate_grad_batches)
+
+
+def step_to_log(trainer: Trainer) -> int:
+    """Return the step that Lightning writes beside its own metrics of this batch, as its callbacks do."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def largest_accumulation(trainer: Trainer) -> int:

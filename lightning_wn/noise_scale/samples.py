@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ _W_CHECK_SQ = slice(_W_CHECK.stop, _W_CHECK.stop + NUM_CHECKSUMS)
 _GRAD_CHECK = slice(_W_CHECK_SQ.stop, _W_CHECK_SQ.stop + NUM_CHECKSUMS)
 _GRAD_CHECK_SQ = slice(_GRAD_CHECK.stop, _GRAD_CHECK.stop + NUM_CHECKSUMS)
 ROW_SIZE: int = _GRAD_CHECK_SQ.stop
+"""Columns of a row without groups; each set of parameters beside the total adds Σw|g|² and |ḡ|²."""
 
 
 class Rejection(enum.IntEnum):
@@ -44,11 +46,12 @@ class GradientSamples:
     """One rank's gradient samples of one optimizer step, beside the gradient that the optimizer sees.
 
     Attributes:
-        sq_norms: |g_k|² of this rank's K samples, shape (K,).
+        sq_norms: |g_k|² of this rank's K samples, shape (K,); with V sets of parameters, shape (K, V), the first
+            column being that of all measured parameters. NaN in another column is a norm that is not there yet.
         sizes: Examples n_k behind each sample, shape (K,): numbers, or a tensor that stays on its device.
         weights: Weight w_k of each sample in the optimizer's gradient, shape (K,), up to one factor that
-            all ranks share.
-        grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape ().
+            all ranks share: numbers, or a tensor that stays on its device.
+        grad_sq_norm: |ḡ|² of the weighted mean over the samples of all ranks, shape () or (V,).
         checksums: Fixed linear functions of each sample's gradient, shape (K, NUM_CHECKSUMS), or None.
         checksum_sizes: How large each checksum's terms are, the root of their sum of squares, shape
             (K, NUM_CHECKSUMS); their rounding is in proportion to it, however much they cancel. The checksums'
@@ -64,7 +67,7 @@ class GradientSamples:
 
     sq_norms: Tensor
     sizes: Sequence[float] | Tensor
-    weights: Sequence[float]
+    weights: Sequence[float] | Tensor
     grad_sq_norm: Tensor
     checksums: Tensor | None = None
     checksum_sizes: Tensor | None = None
@@ -76,47 +79,64 @@ class GradientSamples:
     irregular: bool = False
 
     def to_row(self) -> Tensor:
-        """Return this rank's sums, shape (ROW_SIZE,), on the samples' device, without waiting for it."""
+        """Return this rank's sums, shape (ROW_SIZE + 2 (V - 1),), on the samples' device, without waiting for it."""
         device = self.sq_norms.device
         dtype = summing_dtype(device)
         count = len(self.weights)
         micro_batches = count if self.micro_batches is None else self.micro_batches
         head = [1.0, float(self.full), float(self.irregular), float(count), float(micro_batches)]
-        sizes_known = not isinstance(self.sizes, Tensor)
-        host = _to_device([*head, *self.weights, *(self.sizes if sizes_known else ())], device, dtype)
-        weights = host[len(head) : len(head) + count]
-        sizes = host[len(head) + count :] if sizes_known else torch.as_tensor(self.sizes).to(device, dtype)
+        known = [values for values in (self.weights, self.sizes) if not isinstance(values, Tensor)]
+        host = _to_device([*head, *chain(*known)], device, dtype)
+        # what was known on the host travels there in one copy
+        parts = list(torch.split(host[len(head) :], count))
+        weights, sizes = (
+            values.to(device, dtype) if isinstance(values, Tensor) else parts.pop(0)
+            for values in (self.weights, self.sizes)
+        )
         checksums, grad_checksums = self.checksums, self.grad_checksums
         if checksums is None or grad_checksums is None:
             checksums = torch.zeros(count, NUM_CHECKSUMS, device=device, dtype=dtype)
             grad_checksums = torch.zeros(NUM_CHECKSUMS, device=device, dtype=dtype)
         checksums = checksums.to(dtype)
         checksum_sizes = checksums if self.checksum_sizes is None else self.checksum_sizes.to(dtype)
-        columns = (torch.ones_like(weights), self.sq_norms.to(dtype), 1.0 / sizes, weights / sizes)
+        sq_norms, grad_sq_norm = self.sq_norms.to(dtype).reshape(count, -1), self.grad_sq_norm.to(dtype).reshape(-1)
+        columns = (torch.ones_like(weights), sq_norms[:, 0], 1.0 / sizes, weights / sizes)
         per_sample = torch.cat((torch.stack(columns, dim=1), checksums, checksum_sizes.square()), dim=1)
         examples = sizes.sum() if self.examples is None else torch.as_tensor(self.examples, dtype=dtype).to(device)
-        totals = torch.stack((examples, self.grad_sq_norm.to(dtype)))
+        totals = torch.stack((examples, grad_sq_norm[0]))
         grad_checksums = grad_checksums.to(dtype)
         # of no spread where ranks differ by design
         squares = torch.zeros_like(grad_checksums) if self.grad_in_shards else grad_checksums.square()
-        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, squares))
+        others = (weights @ sq_norms[:, 1:], grad_sq_norm[1:])
+        return torch.cat((host[: len(head)], totals, weights @ per_sample, grad_checksums, squares, *others))
+
+    def scaled(self, factor: float) -> GradientSamples:
+        """Return the samples of gradients that are all this many times as long."""
+        square = factor * factor
+        return replace(
+            self,
+            sq_norms=self.sq_norms * square,
+            grad_sq_norm=self.grad_sq_norm * square,
+            checksums=None if self.checksums is None else self.checksums * factor,
+            checksum_sizes=None if self.checksum_sizes is None else self.checksum_sizes * factor,
+            grad_checksums=None if self.grad_checksums is None else self.grad_checksums * factor,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One usable measurement: the unbiased pair, and how many examples the step had.
+    """One usable measurement: the unbiased pairs, and how many examples the step had.
 
     Attributes:
-        grad_sq_norm: One step's estimate of |G|²; unbiased, very noisy, often negative.
-        cov_trace: One step's estimate of tr(Σ); unbiased, never negative.
+        pairs: One step's estimates of |G|², unbiased, very noisy, often negative, and of tr(Σ), unbiased, never
+            negative: of all measured parameters, then of the other sets; None where a set has no norms yet.
         examples: Examples in the optimizer step, over all ranks.
         micro_batches: Micro-batches in it, over all ranks.
         ranks: Ranks.
         full: Whether the accumulation windows were full on all ranks.
     """
 
-    grad_sq_norm: float
-    cov_trace: float
+    pairs: tuple[tuple[float, float] | None, ...]
     examples: float
     micro_batches: int
     ranks: int
@@ -137,32 +157,42 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
     ranks, weight = row[_RANKS], row[_WEIGHT]
     if row[_IRREGULAR] > 0:
         return Rejection.IRREGULAR
-    if row[_COUNT] < 2:
-        return Rejection.SINGLE_SAMPLE
-    if not all(map(math.isfinite, row)):
+    if row[_COUNT] >= 2 and not all(map(math.isfinite, row[:ROW_SIZE])):
         return Rejection.NON_FINITE
-    checks = zip(row[_W_CHECK], row[_W_CHECK_SQ], row[_GRAD_CHECK], row[_GRAD_CHECK_SQ], strict=True)
-    for check, check_sq, grad_check, grad_check_sq in checks:
-        allowed = checksum_tolerance * math.sqrt(check_sq / weight)
-        mean = grad_check / ranks
-        # where ranks do not average, their own gradients add up all the same, but differ
-        spread = math.sqrt(max(grad_check_sq / ranks - mean * mean, 0.0))
-        if max(abs(check / weight - mean), spread) > allowed:
-            return Rejection.MISMATCH
-    grad_sq_norm, cov_trace = solve_noise_scale(
-        sample_sq_norm=row[_W_SQ_NORM] / weight,
-        grad_sq_norm=row[_GRAD_SQ_NORM] / ranks,
-        sample_inverse_size=row[_W_INVERSE] / weight,
-        grad_inverse_size=row[_W2_INVERSE] / weight**2,
-    )
+    inverse_sizes = (row[_W_INVERSE] / weight, row[_W2_INVERSE] / weight**2) if weight > 0.0 else (0.0, 0.0)
+    # all but one may be masked out, and then count nothing
+    if row[_COUNT] < 2 or inverse_sizes[0] <= inverse_sizes[1] * (1.0 + 1e-9):
+        return Rejection.SINGLE_SAMPLE
+    if _checksums_differ(row, checksum_tolerance):
+        return Rejection.MISMATCH
+    others = (len(row) - ROW_SIZE) // 2
+    small = [row[_W_SQ_NORM], *row[ROW_SIZE : ROW_SIZE + others]]
+    big = [row[_GRAD_SQ_NORM], *row[ROW_SIZE + others :]]
     return Measurement(
-        grad_sq_norm=grad_sq_norm,
-        cov_trace=cov_trace,
+        pairs=tuple(
+            solve_noise_scale(sample / weight, grad / ranks, *inverse_sizes)
+            if math.isfinite(sample) and math.isfinite(grad)
+            else None
+            for sample, grad in zip(small, big, strict=True)
+        ),
         examples=row[_EXAMPLES],
         micro_batches=round(row[_MICRO_BATCHES]),
         ranks=round(ranks),
         full=row[_FULL] == ranks,
     )
+
+
+def _checksums_differ(row: Sequence[float], tolerance: float) -> bool:
+    ranks, weight = row[_RANKS], row[_WEIGHT]
+    checks = zip(row[_W_CHECK], row[_W_CHECK_SQ], row[_GRAD_CHECK], row[_GRAD_CHECK_SQ], strict=True)
+    for check, check_sq, grad_check, grad_check_sq in checks:
+        allowed = tolerance * math.sqrt(check_sq / weight)
+        mean = grad_check / ranks
+        # where ranks do not average, their own gradients add up all the same, but differ
+        spread = math.sqrt(max(grad_check_sq / ranks - mean * mean, 0.0))
+        if max(abs(check / weight - mean), spread) > allowed:
+            return True
+    return False
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

@@ -10,7 +10,6 @@ from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.probes.per_example.probe import PerExampleProbe
 from lightning_wn.noise_scale.probes.per_example.refusals import can_have_examples
 from lightning_wn.noise_scale.probes.sharded import ShardedProbe
-from lightning_wn.noise_scale.run_facts import largest_accumulation
 from lightning_wn.noise_scale.strategies import parameter_placement
 
 PROBES: dict[str, type[Probe]] = {
@@ -21,29 +20,30 @@ PROBES: dict[str, type[Probe]] = {
 }
 
 
-def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule) -> str:
+def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule, accumulation: int) -> str:
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
-    ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has, or by a schedule
-    will have, two or more micro-batches over all ranks. On one device without accumulation ``per_example``, or
-    ``consecutive`` for models that mix the examples of a batch (BatchNorm) or are compiled.
+    ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has two or more micro-batches
+    over all ranks. On one device without accumulation ``per_example``, or ``consecutive`` for models that mix the
+    examples of a batch (BatchNorm) or are compiled, and for several optimizers.
+
+    Args:
+        wish: A probe's name or ``"auto"``.
+        trainer: The Trainer.
+        pl_module: The model.
+        accumulation: Micro-batches in an optimizer step of each rank.
 
     Raises:
         ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
     """
-    if not pl_module.automatic_optimization:
-        raise ValueError(
-            "`GradientNoiseScaleCallback` reads gradients under automatic optimization only, and "
-            f"{type(pl_module).__name__} sets `automatic_optimization = False`; remove the callback or use "
-            "automatic optimization."
-        )
     sharded = parameter_placement(trainer.strategy) == "sharded"
     if wish == "auto":
         if sharded:
             return ShardedProbe.name
-        if trainer.world_size * largest_accumulation(trainer) >= 2:
+        if trainer.world_size * accumulation >= 2:
             return MicroBatchProbe.name
-        return PerExampleProbe.name if can_have_examples(pl_module) else ConsecutiveProbe.name
+        whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
+        return PerExampleProbe.name if whole else ConsecutiveProbe.name
     if sharded != (wish == ShardedProbe.name):
         raise ValueError(
             f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "

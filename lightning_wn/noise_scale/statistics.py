@@ -69,6 +69,7 @@ class PairMoments:
         sxx: Weighted sum of (x - mean_x)².
         sxy: Weighted sum of (x - mean_x)(y - mean_y).
         syy: Weighted sum of (y - mean_y)².
+        count: Measurements so far, however much they have decayed.
 
     Example:
         >>> moments = PairMoments()
@@ -85,6 +86,7 @@ class PairMoments:
     sxx: float = 0.0
     sxy: float = 0.0
     syy: float = 0.0
+    count: float = 0.0
 
     def updated(self, x: float, y: float, decay: float) -> PairMoments:
         """Return the moments after one more measurement of weight 1, all earlier ones decayed."""
@@ -99,6 +101,7 @@ class PairMoments:
             sxx=decay * self.sxx + carried * dx * dx,
             sxy=decay * self.sxy + carried * dx * dy,
             syy=decay * self.syy + carried * dy * dy,
+            count=self.count + 1.0,
         )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
 from lightning_wn.noise_scale.samples import Rejection
@@ -10,7 +12,7 @@ _REASONS = {
     Rejection.SINGLE_SAMPLE: "had a single gradient sample",
     Rejection.NON_FINITE: "had NaN or infinite gradients",
     Rejection.MISMATCH: "had samples that do not add up to the optimizer's gradient",
-    Rejection.IRREGULAR: "had a parameter whose gradient came in several parts",
+    Rejection.IRREGULAR: "had gradients that came in several parts or were changed before the step",
 }
 
 WARNINGS = {
@@ -25,19 +27,37 @@ WARNINGS = {
         "this one: remove it, or list this callback before it."
     ),
     Rejection.IRREGULAR: (
-        "a parameter's gradient came in several parts within one backward pass, and those steps are left out; likely "
-        "causes are reentrant activation checkpointing of a layer that is used twice (use `use_reentrant=False`), "
-        "several backward calls in one training step, or, under FSDP2, layers that only some micro-batches use."
+        "a gradient came in several parts, or was changed before the optimizer's step, and those steps are left out; "
+        "likely causes are reentrant activation checkpointing of a layer that is used twice (use "
+        "`use_reentrant=False`), several backward calls for one optimizer in one training step (add the losses up "
+        "and call it once), gradients clipped after `manual_backward` (clip them in `on_before_optimizer_step`), or, "
+        "under FSDP2, layers that only some micro-batches use."
     ),
 }
 """What to say once, the first time that a step is left out for a reason that the user can act on."""
 
 
 def summary_table(
-    estimate: NoiseScaleEstimate, advice: BatchSizeAdvice, rejected: dict[Rejection, int], every_n_steps: int
+    estimate: NoiseScaleEstimate,
+    advice: BatchSizeAdvice,
+    rejected: dict[Rejection, int],
+    every_n_steps: int,
+    *,
+    optimizer: str = "",
+    others: Mapping[str, NoiseScaleEstimate] | None = None,
 ) -> str:
-    """Return the result of a fit as a small table, followed by the advice in words."""
-    title = f"Gradient noise scale (probe {estimate.probe}, every {every_n_steps} optimizer steps)"
+    """Return the result of a fit as a small table, followed by the advice in words.
+
+    Args:
+        estimate: That of all measured parameters.
+        advice: The advice on it.
+        rejected: Optimizer steps that were left out, by reason.
+        every_n_steps: The cadence.
+        optimizer: Its name, where there are several.
+        others: Estimates of groups, by name.
+    """
+    of = f" of {optimizer}" if optimizer else ""
+    title = f"Gradient noise scale{of} (probe {estimate.probe}, every {every_n_steps} optimizer steps)"
     left_out = [f"{count} that {_REASONS[reason]}" for reason, count in rejected.items() if count]
     unit = estimate.unit
     rows = [("measured optimizer steps", f"{estimate.num_measurements}")]
@@ -55,6 +75,9 @@ def summary_table(
         ]
         if estimate.coverage < 1.0:
             rows.append(("measured parameters", f"{estimate.coverage:.1%}"))
+        for name, other in (others or {}).items():
+            span = f"{format_count(other.lower)} to {format_count(other.upper)}"
+            rows.append((name, f"{format_count(other.noise_scale)} {unit} ({span})"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}} | {value}" for name, value in rows]
     rule = "-" * max(map(len, [title, *lines]))

@@ -9,6 +9,8 @@ from typing import ClassVar, Protocol
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 
 
@@ -26,10 +28,16 @@ class Probe(Protocol):
     """Cadence at which measuring adds about 1 % or less to training time."""
     approximate: ClassVar[str]
     """Why the estimate is approximate, in a sentence; empty for exact probes."""
+    can_precondition: ClassVar[bool]
+    """Whether it has whole gradients of parameters, to divide them by an optimizer's denominator."""
+    watches_forward: ClassVar[bool]
+    """Whether it has to see the forward pass, so that a step cannot begin after it."""
+    watches_backward: ClassVar[bool]
+    """Whether it has to see each backward pass; otherwise the optimizer's gradient tells all."""
 
     @property
     def coverage(self) -> float:
-        """Measured share of the trainable parameters' elements."""
+        """Measured share of the elements of the parameters that it was given."""
 
     @property
     def reduces_in_low_precision(self) -> bool:
@@ -44,11 +52,14 @@ class Probe(Protocol):
     def is_due(self, step: int, every_n_steps: int) -> bool:
         """Whether this optimizer step takes part in a measurement, at one measurement in so many steps."""
 
-    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        """Start an optimizer step over these parameters; an unfinished one is forgotten."""
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
+        """Start an optimizer step over these parameters; an unfinished one is forgotten.
 
-    def before_forward(self, size: float | Tensor) -> None:
-        """A micro-batch of ``size`` examples starts its forward pass."""
+        The same object stands for the same parameters: hooks are set anew only for another one.
+        """
+
+    def before_forward(self, count: BatchCount) -> None:
+        """A micro-batch of so many examples starts its forward pass."""
 
     def before_backward(self, loss: Tensor) -> None:
         """The backward pass of this loss, as it is differentiated, starts."""

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.probes.base import same_parameters
-from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
 
 
@@ -32,11 +32,14 @@ class ConsecutiveProbe:
         "it compares gradients of two successive optimizer steps, and the parameters move between them; "
         "`Trainer(accumulate_grad_batches=2)` or more is exact"
     )
+    can_precondition: ClassVar[bool] = True
+    watches_forward: ClassVar[bool] = False
+    watches_backward: ClassVar[bool] = False
     coverage: float = 1.0
     reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
-        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._measured = MeasuredParameters(())
         self._step = -1
         self._size: float | Tensor = 0.0
         self._weight = 0.0
@@ -56,20 +59,19 @@ class ConsecutiveProbe:
         """Whether this optimizer step's gradient is kept or compared."""
         return step % every_n_steps in (0, 1 % every_n_steps)
 
-    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; a kept gradient of another step or of other parameters is dropped."""
-        parameters = tuple(parameters)
-        unchanged = same_parameters(parameters, self._parameters)
+        unchanged = measured is self._measured
         # beyond a cadence of one, pairs are separate
         starts_pair = every_n_steps > 1 and step % every_n_steps == 0
         if starts_pair or step != self._step + 1 or not unchanged:
             self._last = None
         self._ends_pair = every_n_steps > 1 and not starts_pair
-        self._parameters = parameters
+        self._measured = measured
         self._step = step
         self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
 
-    def before_forward(self, size: float | Tensor) -> None:
+    def before_forward(self, count: BatchCount) -> None:
         """Nothing to do: all is read at the end of the step."""
 
     def before_backward(self, loss: Tensor | None = None) -> None:
@@ -85,24 +87,27 @@ class ConsecutiveProbe:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
         if not self._weight:
             return None
-        device = self._parameters[0].device
+        device = self._measured.device
         dtype = summing_dtype(device)
         factor = 1.0 / self._weight
         scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
-        present = [p.grad is not None for p in self._parameters]
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        sq_norm = _sq_norm(gradients, device, dtype) * scale.square()
+        parameters = self._measured.parameters
+        present = [p.grad is not None for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sq_norm = self._measured.sq_norms_of_optimizers_gradient(scale)
         samples = None
         if self._last is not None and self._last.present == present:
             last = self._last
+            # with the optimizer's present denominator, where there is one
+            last_sq_norm = self._sq_norms_of_kept(last, last.scale) if self._measured.denominator else last.sq_norm
             # the kept copy becomes the sum of both, which takes no further memory
             for kept, gradient in zip(last.gradients, gradients, strict=True):
                 kept.mul_(last.scale.to(kept)).add_(gradient * scale.to(gradient))
             samples = GradientSamples(
-                sq_norms=torch.stack((last.sq_norm, sq_norm)),
+                sq_norms=torch.stack((last_sq_norm, sq_norm)),
                 sizes=_both(last.size, self._size, device, dtype),
                 weights=(1.0, 1.0),
-                grad_sq_norm=_sq_norm(last.gradients, device, dtype) / 4,
+                grad_sq_norm=self._sq_norms_of_kept(last, torch.tensor(0.5, dtype=dtype)),
                 examples=self._size,
                 micro_batches=self._micro_batches,
                 full=full,
@@ -112,9 +117,13 @@ class ConsecutiveProbe:
 
     def detach(self) -> None:
         """Forget the kept gradient and the step."""
-        self._parameters = ()
+        self._measured = MeasuredParameters(())
         self._last = None
         self._step = -1
+
+    def _sq_norms_of_kept(self, kept: _Kept, scale: Tensor) -> Tensor:
+        gradients = iter(kept.gradients)
+        return self._measured.sq_norms_of([next(gradients) if there else None for there in kept.present], scale)
 
     def _keep(self, gradients: list[Tensor], present: list[bool], scale: Tensor, sq_norm: Tensor) -> _Kept:
         if self._last is not None and self._last.present == present:
@@ -135,11 +144,6 @@ class _Kept:
     scale: Tensor
     sq_norm: Tensor
     size: float | Tensor
-
-
-def _sq_norm(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    norms = foreach_norms(tensors)
-    return torch.stack(norms).to(dtype).square().sum() if norms else torch.zeros((), device=device, dtype=dtype)
 
 
 def _both(

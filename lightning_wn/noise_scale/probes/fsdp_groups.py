@@ -6,6 +6,7 @@ divide factor. All that is read behind its public face is read here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,22 @@ class ShardedGroup:
     def parameters(self) -> list[nn.Parameter]:
         """The trainable sharded parameters, in the order of the flat gradient."""
         return [p.sharded_param for p in self.torch_group.fsdp_params if p.sharded_param.requires_grad]
+
+    @property
+    def padded_shard_lengths(self) -> list[int]:
+        """Elements that each of ``parameters`` takes in each of the ``shard_size`` rows of the flat gradient."""
+        lengths = []
+        for parameter in self.parameters:
+            dim: int = next(p.dim for p in parameter.placements if p.is_shard())  # type: ignore[attr-defined]  # a DTensor
+            # uneven shards are padded, which torch allows along the first dimension only
+            length = parameter.shape[dim]
+            lengths.append(math.ceil(length / self.shard_size) * (parameter.numel() // max(length, 1)))
+        return lengths
+
+    @property
+    def flat_length(self) -> int:
+        """Elements of the flat gradient where every trainable parameter has one."""
+        return self.shard_size * sum(self.padded_shard_lengths)
 
     @property
     def reduce_scatter(self) -> Any:
@@ -124,20 +141,22 @@ def read_sharded_groups(model: nn.Module) -> list[ShardedGroup]:
     return groups
 
 
-def require_own_parameters(
-    model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]
-) -> None:
-    """Raise ValueError unless the groups' and the optimizer's trainable parameters are the same set."""
+def require_sharded(model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError where an FSDP2 group has not all of the optimizer's parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sharded = {id(parameter) for group in groups for parameter in group.parameters}
-    optimized = {id(parameter) for parameter in parameters}
-    if outside := optimized - sharded:
+    if outside := {id(parameter) for parameter in parameters} - sharded:
         raise ValueError(
             f"The optimizer holds {len(outside)} parameter(s) that no FSDP2 module shards "
             f"({_some_names(outside, names)}), and the 'sharded' probe cannot see their gradients; call "
             "`fully_shard` on the root module too and do not pass them as `ignored_params`."
         )
-    if without := sharded - optimized:
+
+
+def _require_optimized(model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimized = {id(parameter) for parameter in parameters}
+    if without := {id(parameter) for group in groups for parameter in group.parameters} - optimized:
         raise ValueError(
             f"FSDP2 reduces the gradients of {len(without)} trainable parameter(s) that the optimizer does not hold "
             f"({_some_names(without, names)}); pass them to the optimizer or set `requires_grad=False` on them."
@@ -206,7 +225,9 @@ def require_shardable(trainer: Trainer, pl_module: LightningModule) -> list[Shar
     groups = read_sharded_groups(pl_module)
     require_torchs_reduce_scatter(groups)
     in_optimizers = [p for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
-    require_own_parameters(pl_module, groups, [p for p in in_optimizers if p.requires_grad])
+    trainable = [p for p in in_optimizers if p.requires_grad]
+    require_sharded(pl_module, groups, trainable)
+    _require_optimized(pl_module, groups, trainable)
     return groups
 
 

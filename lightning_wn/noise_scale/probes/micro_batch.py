@@ -10,12 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wn.noise_scale.probes.base import same_parameters
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.norms import norm_dtype
 from lightning_wn.noise_scale.run_facts import largest_accumulation
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, summing_dtype
 from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 _ELEMENTS_PER_CHECKSUM = 64
 
 
@@ -34,23 +35,28 @@ class MicroBatchProbe:
     name: ClassVar[str] = "micro_batch"
     default_every_n_steps: ClassVar[int] = 10
     approximate: ClassVar[str] = ""
+    can_precondition: ClassVar[bool] = True
+    watches_forward: ClassVar[bool] = False
+    watches_backward: ClassVar[bool] = True
     coverage: float = 1.0
     reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
-        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._measured = MeasuredParameters(())
         self._handles: list[RemovableHandle] = []
         self._projections: dict[int, _Projection] = {}
         self._recording = False
         # of the running backward pass; the hooks hold on to these lists
         self._fired: list[int] = []
         self._norms: list[Tensor] = []
+        self._preconditioned: list[Tensor] = []
         self._checks: list[tuple[_Projection, Tensor]] = []
         self._forget_step()
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError unless an optimizer step has two independent micro-batches."""
-        if trainer.world_size * largest_accumulation(trainer) < 2:
+        # by hand anything may be accumulated
+        if pl_module.automatic_optimization and trainer.world_size * largest_accumulation(trainer) < 2:
             raise ValueError(
                 "`probe='micro_batch'` compares gradients over few and over many examples, and one device without "
                 "gradient accumulation has one batch size only; set `Trainer(accumulate_grad_batches=2)` or more (4 is "
@@ -76,20 +82,19 @@ class MicroBatchProbe:
         """Whether this optimizer step is measured."""
         return step % every_n_steps == 0
 
-    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; hooks are set anew only where the parameters changed."""
-        parameters = tuple(parameters)
-        if not same_parameters(parameters, self._parameters):
+        if measured is not self._measured:
             self.detach()
-            self._parameters = parameters
-            self._projections = _choose_projections(parameters)
+            self._measured = measured
+            self._projections = _choose_projections(measured.parameters)
         if not self._handles:
-            for index, parameter in enumerate(parameters):
+            for index, parameter in enumerate(measured.parameters):
                 handle = parameter.register_hook(self._hook(index, parameter))  # type: ignore[no-untyped-call]  # torch's
                 self._handles.append(handle)
         self._forget_step()
 
-    def before_forward(self, size: float | Tensor) -> None:
+    def before_forward(self, count: BatchCount) -> None:
         """Nothing to do: the hooks see backward passes only."""
 
     def before_backward(self, loss: Tensor | None = None) -> None:
@@ -102,14 +107,13 @@ class MicroBatchProbe:
         self._recording = False
         # the parts of a gradient that arrives twice in one pass cannot be told from two samples
         self._irregular |= len(set(self._fired)) < len(self._fired)
-        device = self._parameters[0].device
+        device = self._measured.device
         dtype = summing_dtype(device)
-        norms = torch.zeros((), device=device, dtype=dtype)
-        if self._norms:
-            norms = torch.stack(self._norms).detach().to(dtype)
         checksums, sizes = _project(self._checks, device, dtype)
         factor = 1.0 / weight if loss_scale is None else 1.0 / (weight * loss_scale.to(dtype))
-        self._sq_norms.append((norms * factor).square().sum())
+        squares = _squares(self._norms, factor, device, dtype)
+        preconditioned = _squares(self._preconditioned, factor, device, dtype) if self._preconditioned else None
+        self._sq_norms.append(self._measured.add_up(self._fired, squares, preconditioned))
         self._checksums.append(checksums * factor)
         self._checksum_sizes.append(sizes * factor)
         self._sizes.append(size)
@@ -124,13 +128,11 @@ class MicroBatchProbe:
         dtype = self._sq_norms[0].dtype
         factor = 1.0 / sum(self._weights)
         scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        norms = foreach_norms(grads)
-        mean_norms = torch.stack(norms).to(dtype) * scale if norms else torch.zeros(1, device=device, dtype=dtype)
+        parameters = self._measured.parameters
         picks = [
             (projection, projection.pick(grad))
             for index, projection in self._projections.items()
-            if (grad := self._parameters[index].grad) is not None
+            if (grad := parameters[index].grad) is not None
         ]
         sizes: Sequence[float] | Tensor
         if any(isinstance(size, Tensor) for size in self._sizes):
@@ -141,7 +143,7 @@ class MicroBatchProbe:
             sq_norms=torch.stack(self._sq_norms),
             sizes=sizes,
             weights=self._weights,
-            grad_sq_norm=mean_norms.square().sum(),
+            grad_sq_norm=self._measured.sq_norms_of_optimizers_gradient(scale),
             checksums=torch.stack(self._checksums),
             checksum_sizes=torch.stack(self._checksum_sizes),
             grad_checksums=_project(picks, device, dtype)[0] * scale,
@@ -156,12 +158,12 @@ class MicroBatchProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._parameters = ()
+        self._measured = MeasuredParameters(())
         self._projections = {}
         self._forget_step()
 
     def _forget_backward(self) -> None:
-        for entries in (self._fired, self._norms, self._checks):
+        for entries in (self._fired, self._norms, self._preconditioned, self._checks):
             entries.clear()
 
     def _forget_step(self) -> None:
@@ -179,7 +181,9 @@ class MicroBatchProbe:
         # what can be done before or after
         fired, norms, checks = self._fired, self._norms, self._checks
         projection = self._projections.get(index)
-        vector_norm, dtype = torch.linalg.vector_norm, _norm_dtype(parameter)
+        vector_norm, dtype = torch.linalg.vector_norm, norm_dtype(parameter.dtype)
+        measured, preconditioned = self._measured, self._preconditioned
+        preconditions = measured.denominator is not None
 
         def see_gradient(grad: Tensor) -> None:
             if self._recording:
@@ -193,24 +197,16 @@ class MicroBatchProbe:
                     ) from error
                 if projection is not None:
                     checks.append((projection, projection.pick(grad)))
+                if preconditions:
+                    preconditioned.append(measured.preconditioned_norm(index, grad))
 
         return see_gradient
 
 
-def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
-    """In which type to sum the squares: float32 at least."""
-    return torch.float32 if tensor.dtype in _LOW_PRECISION else None
-
-
-def foreach_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return |grad| of each gradient in few kernels, in float32 at least."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for grad in grads:
-        groups.setdefault(grad.dtype, []).append(grad)
-    norms: list[Tensor] = []
-    for group in groups.values():
-        norms += torch._foreach_norm(group, 2, dtype=_norm_dtype(group[0]))
-    return norms
+def _squares(norms: Sequence[Tensor], factor: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the squares of scalars times ``factor``, shape (n,)."""
+    stacked = torch.stack(list(norms)) if norms else torch.zeros(0, device=device)
+    return (stacked.detach().to(dtype) * factor).square()
 
 
 class _Projection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,17 +10,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.probes.base import same_parameters
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.norms import foreach_norms
 from lightning_wn.noise_scale.probes.fsdp_groups import (
     ShardedGroup,
     read_sharded_groups,
     reduces_in_low_precision,
-    require_own_parameters,
     require_shardable,
+    require_sharded,
     require_torchs_reduce_scatter,
     sharded_data_parallel_size,
 )
-from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
 
 _ELEMENTS_PER_CHECKSUM = 64
@@ -45,11 +45,15 @@ class ShardedProbe:
     name: ClassVar[str] = "sharded"
     default_every_n_steps: ClassVar[int] = 10
     approximate: ClassVar[str] = ""
+    can_precondition: ClassVar[bool] = False
+    watches_forward: ClassVar[bool] = False
+    watches_backward: ClassVar[bool] = True
     coverage: float = 1.0
 
     def __init__(self) -> None:
         self.reduces_in_low_precision = False
-        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._measured = MeasuredParameters(())
+        self._pieces: dict[int, list[_Piece]] | None = None
         self._groups: list[ShardedGroup] = []
         self._taps: list[_TappedReduceScatter] = []
         self._projections: dict[int, _FlatProjection] = {}
@@ -66,19 +70,19 @@ class ShardedProbe:
         """Whether this optimizer step is measured."""
         return step % every_n_steps == 0
 
-    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; the reduce-scatters are replaced anew only where the parameters changed.
 
         Raises:
             ValueError: For a model or optimizer that cannot be read, with a sentence that says what to change.
         """
-        parameters = tuple(parameters)
-        if not self._taps or not same_parameters(parameters, self._parameters):
+        if not self._taps or measured is not self._measured:
             self.detach()
             groups = read_sharded_groups(model)
-            require_own_parameters(model, groups, parameters)
+            require_sharded(model, groups, measured.parameters)
             require_torchs_reduce_scatter(groups)
-            self._parameters, self._groups = parameters, groups
+            self._measured, self._groups = measured, groups
+            self._pieces = _pieces_of(groups, measured)
             self._projections = _choose_projections(groups)
             for index, group in enumerate(groups):
                 tap = _TappedReduceScatter(group.reduce_scatter, index, self._see_gradient)
@@ -87,14 +91,14 @@ class ShardedProbe:
         self._step = _Step()
         self._backward = None
 
-    def before_forward(self, size: float | Tensor) -> None:
+    def before_forward(self, count: BatchCount) -> None:
         """Nothing to do: the reduce-scatters come with the backward pass."""
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Record what the reduce-scatters see from here on."""
         device = self._groups[0].device
         # filled on the stream of the reduce-scatter, which waits for this one before it starts
-        count = len(self._groups)
+        count = len(self._groups) if self._pieces is None else len(self._measured.parameters)
         norms = {dtype: torch.zeros(count, device=device, dtype=dtype) for dtype in (torch.float32, _DTYPE)}
         self._backward = _Backward(norms, torch.zeros(NUM_CHECKSUMS, 2, device=device, dtype=_DTYPE))
 
@@ -117,7 +121,9 @@ class ShardedProbe:
         total = sum(weight for _, weight in step.waiting)
         factor = 1.0 / total if loss_scale is None else 1.0 / (total * loss_scale.to(_DTYPE))
         norms = torch.stack([norm.to(_DTYPE) for norm in backward.norms.values()])
-        step.sq_norms.append((norms * factor).square().sum())
+        squares = (norms * factor).square().sum(0)
+        whole = self._pieces is None
+        step.sq_norms.append(squares.sum() if whole else self._measured.add_up(range(len(squares)), squares))
         step.checksums.append(backward.checks * factor)
         step.sizes.append(_effective_size(step.waiting))
         step.weights.append(total)
@@ -137,15 +143,13 @@ class ShardedProbe:
         # a gradient that still waits will leak into the next step
         irregular = step.irregular or bool(step.waiting)
         if not step.weights:  # every rank must add a row, to keep in step with the others
-            step.sq_norms, step.sizes, step.weights = [torch.zeros((), device=device, dtype=_DTYPE)], [1.0], [1.0]
+            columns = () if self._measured.single_column else (1 + len(self._measured.groups),)
+            step.sq_norms, step.sizes, step.weights = [torch.zeros(columns, device=device, dtype=_DTYPE)], [1.0], [1.0]
             step.layout_known = False
         factor = 1.0 / sum(step.weights)
         scale = torch.tensor(factor, dtype=_DTYPE) if grad_scale is None else factor / grad_scale.to(_DTYPE)
-        mean_sq_norm = torch.zeros((), device=device, dtype=_DTYPE)
         with torch.no_grad():
-            for (shard_size, mean_factor), grads in self._local_gradients().items():
-                norms = torch.stack(foreach_norms(grads)).to(device, _DTYPE)
-                mean_sq_norm = mean_sq_norm + norms.square().sum() * (shard_size * mean_factor**2)
+            mean_sq_norm = self._mean_sq_norm(device)
             checks = torch.stack([self._grad_check(slot, device) for slot in range(NUM_CHECKSUMS)])
         return GradientSamples(
             sq_norms=torch.stack(step.sq_norms),
@@ -171,7 +175,8 @@ class ShardedProbe:
                 group.set_reduce_scatter(tap.open_inner)
         self._taps = []
         self._groups = []
-        self._parameters = ()
+        self._pieces = None
+        self._measured = MeasuredParameters(())
         self._projections = {}
         self._step = _Step()
         self._backward = None
@@ -183,11 +188,19 @@ class ShardedProbe:
             return
         backward.fired.append(index)
         divided_by = self._groups[index].pre_division(flat_grad, op)
-        norm = backward.norms[_DTYPE if flat_grad.dtype == _DTYPE else torch.float32][index]
+        norms = backward.norms[_DTYPE if flat_grad.dtype == _DTYPE else torch.float32]
         with torch.no_grad():
-            torch.linalg.vector_norm(flat_grad, dtype=norm.dtype, out=norm)
-            if divided_by != 1.0:
-                norm.mul_(divided_by)
+            if self._pieces is None:
+                torch.linalg.vector_norm(flat_grad, dtype=norms.dtype, out=norms[index])
+                norms[index].mul_(divided_by)
+            elif flat_grad.numel() == self._groups[index].flat_length:
+                rows = flat_grad.view(self._groups[index].shard_size, -1)
+                for piece in self._pieces[index]:
+                    columns = rows[:, piece.start : piece.end]
+                    torch.linalg.vector_norm(columns, dtype=norms.dtype, out=norms[piece.place])
+                    norms[piece.place].mul_(divided_by)
+            else:  # which parameters are left out cannot be told
+                self._step.irregular = True
             if (projection := self._projections.get(index)) is not None:
                 if projection.fits(flat_grad):
                     backward.checks[projection.slot] = projection.of_flat(flat_grad) * divided_by
@@ -197,14 +210,22 @@ class ShardedProbe:
             stream = torch.get_device_module(flat_grad.device).current_stream()
             backward.events[stream] = stream.record_event()
 
-    def _local_gradients(self) -> dict[tuple[int, float], list[Tensor]]:
-        """This rank's shards of the optimizer's gradient, by shard size and factor to the mean over ranks."""
-        gradients: dict[tuple[int, float], list[Tensor]] = {}
-        for group in self._groups:
-            shards = [grad for parameter in group.parameters if (grad := _local_grad(parameter)) is not None]
-            if shards:
-                gradients.setdefault((group.shard_size, group.mean_factor), []).extend(shards)
-        return gradients
+    def _mean_sq_norm(self, device: torch.device) -> Tensor:
+        """This rank's part of |ḡ|², by the columns of what is measured."""
+        group_of = {id(parameter): group for group in self._groups for parameter in group.parameters}
+        places, shards, factors = [], [], []
+        for place, parameter in enumerate(self._measured.parameters):
+            shard = _local_grad(parameter)
+            if shard is not None:
+                group = group_of[id(parameter)]
+                places.append(place)
+                shards.append(shard)
+                factors.append(group.shard_size * group.mean_factor**2)
+        if not shards:
+            norms = torch.zeros(0, device=device, dtype=_DTYPE)
+        else:
+            norms = torch.stack([norm.to(device, _DTYPE) for norm in foreach_norms(shards)])
+        return self._measured.add_up(places, norms.square() * torch.tensor(factors, dtype=_DTYPE).to(device))
 
     def _grad_check(self, slot: int, device: torch.device) -> Tensor:
         for index, projection in self._projections.items():
@@ -220,7 +241,7 @@ class _Backward:
     """What the reduce-scatters of one backward pass showed."""
 
     norms: dict[torch.dtype, Tensor]
-    """Norm of each group's flat gradient, shape (groups,), in the type that it was taken in; zero elsewhere."""
+    """Norm of each group's flat gradient, or of each parameter's, in the type that it was taken in; zero elsewhere."""
     checks: Tensor
     """Projections and the sizes of their terms, shape (NUM_CHECKSUMS, 2)."""
     fired: list[int] = field(default_factory=list)
@@ -245,6 +266,33 @@ class _Step:
     checksums: list[Tensor] = field(default_factory=list)
     sizes: list[float | Tensor] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a measured parameter's gradient lies in each row of its group's flat gradient."""
+
+    place: int
+    """Position among the measured parameters."""
+    start: int
+    end: int
+
+
+def _pieces_of(groups: Sequence[ShardedGroup], measured: MeasuredParameters) -> dict[int, list[_Piece]] | None:
+    """Return the pieces of each group, or None where whole flat gradients are what is measured."""
+    places = {id(parameter): place for place, parameter in enumerate(measured.parameters)}
+    sharded = [id(parameter) for group in groups for parameter in group.parameters]
+    if measured.single_column and set(sharded) == set(places):
+        return None
+    pieces: dict[int, list[_Piece]] = {}
+    for index, group in enumerate(groups):
+        start = 0
+        pieces[index] = []
+        for parameter, length in zip(group.parameters, group.padded_shard_lengths, strict=True):
+            if id(parameter) in places:
+                pieces[index].append(_Piece(places[id(parameter)], start, start + length))
+            start += length
+    return pieces
 
 
 class _TappedReduceScatter:
@@ -293,11 +341,10 @@ class _FlatProjection:
 
     def __init__(self, group: ShardedGroup, slot: int, generator: torch.Generator) -> None:
         self.slot = slot
-        parameters = group.parameters
-        lengths = [_padded_shard_length(parameter, group.shard_size) for parameter in parameters]
+        lengths = group.padded_shard_lengths
         largest = max(range(len(lengths)), key=lengths.__getitem__)
-        self.parameter = parameters[largest]
-        self._flat_length = group.shard_size * sum(lengths)
+        self.parameter = group.parameters[largest]
+        self._flat_length = group.flat_length
         count = min(_ELEMENTS_PER_CHECKSUM, group.shard_size * lengths[largest])
         shard = torch.randint(group.shard_size, (count,), generator=generator)
         place = torch.randint(lengths[largest], (count,), generator=generator)
@@ -326,14 +373,6 @@ def _project(picked: Tensor, signs: Tensor) -> Tensor:
     wide = torch.promote_types(picked.dtype, torch.float32)
     terms = picked.to(wide) * signs.to(wide)
     return torch.stack((terms.sum(), torch.linalg.vector_norm(terms)))
-
-
-def _padded_shard_length(parameter: nn.Parameter, shard_size: int) -> int:
-    """Return the elements that a parameter takes in each row of the flat gradient."""
-    dim: int = next(p.dim for p in parameter.placements if p.is_shard())  # type: ignore[attr-defined]  # a DTensor
-    # uneven shards are padded, which torch allows along the first dimension only
-    length = parameter.shape[dim]
-    return math.ceil(length / shard_size) * (parameter.numel() // max(length, 1))
 
 
 def _choose_projections(groups: Sequence[ShardedGroup]) -> dict[int, _FlatProjection]:

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes
 from lightning_wn.noise_scale.probes.per_example.broadcast import Broadcasts, SharedGradient
 from lightning_wn.noise_scale.probes.per_example.calls import Call, is_private
-from lightning_wn.noise_scale.probes.per_example.forms import Dense, Form, waiting
+from lightning_wn.noise_scale.probes.per_example.columns import Columns
+from lightning_wn.noise_scale.probes.per_example.forms import Denominator, Dense, Form, waiting
 from lightning_wn.noise_scale.probes.per_example.generic import Context
 from lightning_wn.noise_scale.probes.per_example.layers import BatchDim, Layer, Slot, find_layers
 from lightning_wn.noise_scale.probes.per_example.outputs import OutputGradient, accumulation_node
@@ -51,6 +52,12 @@ class PerExampleNorms:
         batch_dims: For modules, by name or glob, whose tensors do not have the batch in their first dimension:
             the dimension that has it, or ``"folded"`` where the first dimension is B·k with the k parts of an
             example one after the other. That cannot be told from shapes.
+        groups: Sets of parameters whose squared norms are wanted apart too. They may overlap; what is not
+            among ``parameters`` does not count.
+        denominator: Asks for the preconditioned squared norm too: it tells what to divide each element of a
+            parameter's gradient by, for Adam √v̂ + ε, of the parameter's shape, at the moment it is called
+            (during the backward pass). Where it returns None for a parameter that has a gradient, the
+            preconditioned norm is NaN. It costs the materialised gradient of every example, a few at a time.
 
     Attributes:
         coverage: The share of the model's trainable elements that are measured.
@@ -74,8 +81,11 @@ class PerExampleNorms:
         parameters: Sequence[nn.Parameter],
         *,
         batch_dims: Mapping[str, BatchDim] | None = None,
+        groups: Sequence[Sequence[nn.Parameter]] = (),
+        denominator: Denominator | None = None,
     ) -> None:
         self._model = model
+        self._columns = Columns(groups, denominator)
         self._layers = find_layers(model, parameters, batch_dims or {})
         measured = {id(p): p for layer in self._layers for p in layer.parameters.values()}
         self._parameters = list(measured.values())
@@ -95,7 +105,7 @@ class PerExampleNorms:
         self._uses: list[Call] = []
         self._starts: list[tuple[Layer, list[int], Context]] = []
         self._errors: list[PerExampleError] = []
-        self._total: Tensor | None = None
+        self._columns.forget()
         self._signature: tuple[Any, ...] = ()
         for slot in self._slots:
             slot.forget()
@@ -164,6 +174,10 @@ class PerExampleNorms:
 
         In float32 at least, on the parameters' device, without waiting for it (verified steps do wait).
 
+        Returns:
+            Shape (B,), or with groups or a denominator (B, columns): the total, each group's, and last the
+            preconditioned one, Σ |∂L/∂θ by example i / denominator(θ)|².
+
         Raises:
             PerExampleError: If the norms of this step would not be exact.
         """
@@ -174,10 +188,7 @@ class PerExampleNorms:
                 raise self._errors[0]
             if self._verification is not None and self._verification.check():
                 self._verified.add(self._signature)
-            if self._total is None:
-                device = self._parameters[0].device if self._parameters else None
-                return torch.zeros(self._batch_size, device=device)
-            return self._total
+            return self._columns.sums(self._batch_size, self._parameters[0].device if self._parameters else None)
         finally:
             self._forget()
 
@@ -266,20 +277,16 @@ class PerExampleNorms:
                 "reused layer does: use checkpoint(..., use_reentrant=False)"
             )
         if slot.expected <= 1:
-            slot.squared = True
-            self._add(slot.squared_norms([form]))
+            self._square(slot, [form])
             return
         slot.waiting.append(waiting(form, slot.shape))
         if len(slot.waiting) == slot.expected:
-            self._square_waiting(slot)
+            self._square(slot, slot.waiting)
 
-    def _square_waiting(self, slot: Slot) -> None:
-        forms, slot.waiting = slot.waiting, []
+    def _square(self, slot: Slot, forms: Sequence[Form]) -> None:
         slot.squared = True
-        self._add(slot.squared_norms(forms))
-
-    def _add(self, sq_norms: Tensor) -> None:
-        self._total = sq_norms if self._total is None else self._total + sq_norms.to(self._total.device)
+        self._columns.add(slot, forms)
+        slot.waiting = []
 
     def _watch_shared(self, loss: Tensor) -> None:
         """Find what meets the batch only later: class tokens, position embeddings."""
@@ -335,7 +342,7 @@ class PerExampleNorms:
             # some uses of a parameter may have no gradient: an output that the loss does not depend on
             for slot in self._slots:
                 if slot.waiting:
-                    self._square_waiting(slot)
+                    self._square(slot, slot.waiting)
 
     def _take_shared_parameters(self) -> None:
         for layer in self._layers:
@@ -346,8 +353,7 @@ class PerExampleNorms:
                     continue
                 if self._verification is not None:
                     self._verification.add_part(parameter, shared.grad.sum(0))
-                slot.squared = True
-                self._add(slot.squared_norms([Dense(shared.grad)]))
+                self._square(slot, [Dense(shared.grad)])
 
     def _run_again(self, use: Call) -> None:
         """Apply the generic rule."""

@@ -7,15 +7,25 @@ extended to several positions by the Gram matrices of both factors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # writing and reading back an element that was materialised costs about this many multiplications in a matrix
 # product; measured on a CPU, and about the ratio of an H100's float32 and memory throughput
 _MEMORY_COST = 64
+
+# how many elements of gradients are materialised at a time, or one example's, where that is more
+_CHUNK = 2**21
+
+Denominator = Callable[[nn.Parameter], Tensor | None]
+"""What the optimizer divides each element of a parameter's gradient by, None before it has any state."""
+
+
+def _square_each(grad: Tensor) -> Tensor:
+    return grad.square().reshape(len(grad), -1).sum(1)
 
 
 def _folded(tensor: Tensor, fold: int) -> Tensor:
@@ -35,6 +45,19 @@ class Dense:
     def dense(self, shape: torch.Size) -> Tensor:
         """Materialise: shape (B, *shape)."""
         return self.grad.reshape(-1, *shape)
+
+    def squared(self) -> Tensor:
+        """Return the squared norms, shape (B,)."""
+        return _square_each(self.grad)
+
+    def examples(self, some: slice) -> Dense:
+        """Keep some examples."""
+        return Dense(self.grad[some])
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.grad)
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,15 @@ class Outer:
     def dense(self, shape: torch.Size) -> Tensor:
         """Materialise: shape (B, *shape)."""
         return (self.left.mT @ self.right).reshape(-1, *shape)
+
+    def examples(self, some: slice) -> Outer:
+        """Keep some examples."""
+        return Outer(self.left[some], self.right[some])
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.left)
 
     def compact(self, shape: torch.Size) -> Outer | Dense:
         """Return the smaller of both forms, for one that must wait for others."""
@@ -122,6 +154,15 @@ class Rows:
         index = self.index.unsqueeze(-1).expand_as(self.values)
         return self.values.new_zeros(len(self.index), *shape).scatter_add_(1, index, self.values)
 
+    def examples(self, some: slice) -> Rows:
+        """Keep some examples."""
+        return Rows(self.index[some], self.values[some])
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.index)
+
     def distinct(self) -> Rows:
         """Add the values of repeated rows; shapes stay, unused places are zero.
 
@@ -176,7 +217,7 @@ def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     total: Tensor | None = None
     outer: Outer | None = None
     for form in add_forms(forms, shape):
-        squared = form.grad.square().reshape(len(form.grad), -1).sum(1) if isinstance(form, Dense) else form.squared()
+        squared = form.squared()
         total = squared if total is None else total + squared
         if isinstance(form, Rows) and outer is not None:
             # a table that is also a projection: |a + b|² = |a|² + |b|² + 2<a, b>
@@ -191,6 +232,31 @@ def _add_dense(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     for form in forms[1:]:
         total = total + form.dense(shape)
     return total
+
+
+def dense_chunks(forms: Sequence[Form], shape: torch.Size) -> Iterator[Tensor]:
+    """Materialise the sum of several uses for a few examples after the other, each (some of B, *shape)."""
+    some = max(1, _CHUNK // max(1, shape.numel()))
+    for start in range(0, forms[0].batch_size, some):
+        yield _add_dense([form.examples(slice(start, start + some)) for form in forms], shape)
+
+
+def preconditioned_sq_norms(forms: Sequence[Form], shape: torch.Size, denominator: Tensor) -> Tensor:
+    """Return |Σ_uses gradient / denominator|² per example, shape (B,).
+
+    A division element by element breaks the factors up: every example's gradient is materialised, a few at a
+    time.
+
+    Args:
+        forms: The gradients of the uses.
+        shape: The parameter's shape.
+        denominator: Of this shape.
+    """
+    added = add_forms(forms, shape)
+    if len(added) == 1 and isinstance(added[0], Rows):
+        rows = added[0].distinct()
+        return (rows.values / denominator.to(rows.values.dtype)[rows.index]).square().sum((1, 2))
+    return torch.cat([_square_each(g / denominator.to(g.dtype)) for g in dense_chunks(added, shape)])
 
 
 def dense_sum(forms: Sequence[Form], shape: torch.Size) -> Tensor:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_wn.noise_scale.probes.per_example.batch_axes import has_own_axes
-from lightning_wn.noise_scale.probes.per_example.forms import Form, squared_norms
+from lightning_wn.noise_scale.probes.per_example.forms import (
+    Denominator,
+    Form,
+    preconditioned_sq_norms,
+    squared_norms,
+)
 from lightning_wn.noise_scale.probes.per_example.generic import GenericRule
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError, name_of
 from lightning_wn.noise_scale.probes.per_example.registry import Rule, is_measured_as_one, rule_for
@@ -26,7 +31,7 @@ class Slot:
     """One tensor whose uses are added before squaring: a parameter, or a weight computed from g and v."""
 
     shape: torch.Size
-    measured: frozenset[int]
+    measured: tuple[nn.Parameter, ...]
     weight_norm: WeightNormed | None
     # of the running step
     calls: int = 0
@@ -49,11 +54,25 @@ class Slot:
         """
         return self.calls or self.calls_in_backward
 
-    def squared_norms(self, forms: Sequence[Form]) -> Tensor:
-        """Return |Σ_uses gradient|² per example, shape (B,)."""
-        if self.weight_norm is not None:
-            return self.weight_norm.squared_norms(forms, self.shape, self.measured)
-        return squared_norms(forms, self.shape)
+    def squared_norms(self, forms: Sequence[Form]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each measured parameter's |Σ_uses gradient|² per example, shape (B,)."""
+        if self.weight_norm is None:
+            return [(self.measured[0], squared_norms(forms, self.shape))]
+        by_gain, by_direction = self.weight_norm.squared_norms(forms, self.shape)
+        parts = zip(self.weight_norm.parameters, (by_gain, by_direction), strict=True)
+        return [(parameter, part) for parameter, part in parts if any(parameter is p for p in self.measured)]
+
+    def preconditioned(self, forms: Sequence[Form], denominator: Denominator) -> Tensor:
+        """Return |Σ_uses gradient / denominator|² per example over the measured parameters, shape (B,)."""
+        denominators = [denominator(p) for p in self.measured]
+        known = [d.detach() for d in denominators if d is not None]
+        if len(known) < len(denominators):
+            return torch.full((forms[0].batch_size,), torch.nan, device=self.measured[0].device)
+        if self.weight_norm is None:
+            return preconditioned_sq_norms(forms, self.shape, known[0])
+        by_parameter = {id(p): d for p, d in zip(self.measured, known, strict=True)}
+        gain, direction = (by_parameter.get(id(p)) for p in self.weight_norm.parameters)
+        return self.weight_norm.preconditioned(forms, self.shape, gain, direction)
 
 
 @dataclass
@@ -115,12 +134,13 @@ def find_layers(
             weight_norm = None
         by_name: dict[str, Slot] = {}
         for key, parameter in own.items():
-            if weight_norm is not None and any(parameter is part for part in _parts(weight_norm)):
+            parts: tuple[nn.Parameter, ...] = (parameter,)
+            slot_name, shape = key, parameter.shape
+            if weight_norm is not None and any(parameter is part for part in weight_norm.parameters):
                 # tied layers share g and v: one slot for both
-                ids, slot_name, shape = tuple(map(id, _parts(weight_norm))), "weight", weight_norm.direction.shape
-            else:
-                ids, slot_name, shape = (id(parameter),), key, parameter.shape
-            measured = frozenset(ids) & wanted
+                parts, slot_name, shape = weight_norm.parameters, "weight", weight_norm.direction.shape
+            ids = tuple(map(id, parts))
+            measured = tuple(part for part in parts if id(part) in wanted)
             normed = weight_norm if slot_name == "weight" else None
             by_name[slot_name] = slots.setdefault(ids, Slot(shape, measured, normed))
         said = [dim for pattern, dim in batch_dims.items() if fnmatchcase(name, pattern)]
@@ -160,10 +180,6 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         assert isinstance(inner, nn.ModuleDict)
         own |= {f"parametrizations.{key}": p for key, p in inner.named_parameters()}
     return own
-
-
-def _parts(weight_norm: WeightNormed) -> tuple[nn.Parameter, nn.Parameter]:
-    return weight_norm.gain, weight_norm.direction
 
 
 def _check_sharing(slots: Mapping[tuple[int, ...], Slot], layers: Sequence[Layer]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
 import torch
@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.probes.base import same_parameters
-from lightning_wn.noise_scale.probes.micro_batch import foreach_norms
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.probes.per_example.engine import PerExampleNorms
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError
 from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
@@ -35,21 +35,30 @@ class PerExampleProbe:
     # a measured step costs about 1.3 plain ones where all layers have rules, 1.7 with MultiheadAttention
     default_every_n_steps: ClassVar[int] = 100
     approximate: ClassVar[str] = ""
+    can_precondition: ClassVar[bool] = True
+    watches_forward: ClassVar[bool] = True
+    watches_backward: ClassVar[bool] = True
     reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
-        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._measured = MeasuredParameters(())
         self._norms: PerExampleNorms | None = None
         self._coverage = 1.0
         self._has_measured = False
         self._warned = False
         self._failed = False
-        self._forget_step()
+        self._by_example: Tensor | None = None
+        self._sq_norms: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._examples: float | Tensor = 0.0
+        self._total_weight = 0.0
+        self._micro_batches = 0
 
     @property
     def coverage(self) -> float:
-        """Measured share of the trainable parameters' elements."""
+        """Measured share of the elements of the parameters that it was given."""
         return self._coverage
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
@@ -59,31 +68,37 @@ class PerExampleProbe:
                 f"`probe='per_example'` is for one device, and this run has {trainer.world_size} ranks, whose "
                 "gradients are exact samples; use `probe='auto'`."
             )
+        if len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"`probe='per_example'` follows one backward pass through the whole model, and this run has "
+                f"{len(trainer.optimizers)} optimizers; use `probe='consecutive'`, or `probe='auto'`, which takes it."
+            )
         if wrapped:
-            self._attach(pl_module, [p for p in pl_module.parameters() if p.requires_grad])
+            self._attach(pl_module, MeasuredParameters([p for p in pl_module.parameters() if p.requires_grad]))
             self.detach()
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
         """Whether this optimizer step is measured."""
         return step % every_n_steps == 0
 
-    def begin(self, step: int, every_n_steps: int, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; the hooks are set anew only where the parameters changed."""
-        parameters = tuple(parameters)
-        same = model is self._model and same_parameters(parameters, self._parameters)
-        if self._norms is None or not same:
+        if self._norms is None or model is not self._model or measured is not self._measured:
             self.detach()
-            self._attach(model, parameters)
+            self._attach(model, measured)
         self._forget_step()
 
-    def before_forward(self, size: float | Tensor) -> None:
+    def before_forward(self, count: BatchCount) -> None:
         """Record this micro-batch's layers."""
-        if isinstance(size, Tensor) or size != int(size):
+        total, self._by_example = count.total, count.by_example
+        if self._by_example is None and (isinstance(total, Tensor) or total != int(total)):
             raise ValueError(
-                f"`probe='per_example'` needs the number of examples in a batch, got {size!r} from `batch_size_fn`; "
-                f"return a whole number of examples. {_ALTERNATIVES}"
+                f"`probe='per_example'` needs to know how many examples are in a batch, got {total!r} from "
+                "`batch_size_fn`; return a whole number, or a tensor with what each example counts, as its tokens, "
+                f"`mask.sum(1)`. {_ALTERNATIVES}"
             )
-        self._try(lambda norms: norms.before_forward(int(size)))
+        examples = int(total) if self._by_example is None else len(self._by_example)
+        self._try(lambda norms: norms.before_forward(examples))
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Let the rules look at the graph of the loss."""
@@ -91,15 +106,27 @@ class PerExampleProbe:
             self._try(lambda norms: norms.before_backward(loss))
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
-        """Close one micro-batch: the loss was ``weight * loss_scale`` times a mean over its examples."""
+        """Close one micro-batch: the loss was ``weight * loss_scale`` times a mean over what is counted.
+
+        An example that counts n_i of n has n_i / n of the weight; what it adds to the gradient is that share of its own
+        mean gradient, and one that counts nothing adds nothing.
+        """
         sq_norms = self._try(lambda norms: norms.after_backward())
         if sq_norms is None:
             return
-        dtype = summing_dtype(sq_norms.device)
-        count = len(sq_norms)
-        factor = count / weight if loss_scale is None else count / (weight * loss_scale.to(dtype))
-        self._sq_norms.append(sq_norms.to(dtype) * factor**2)
-        self._weights += [weight / count] * count
+        device = sq_norms.device
+        dtype = summing_dtype(device)
+        scale = weight if loss_scale is None else weight * loss_scale.to(dtype)
+        counts = torch.ones(len(sq_norms), device=device, dtype=dtype)
+        if self._by_example is not None:
+            counts = self._by_example.to(device, dtype)
+        counted = counts > 0
+        share = counts / counts.sum()
+        own = torch.where(counted, 1.0 / (share * scale), 0.0).square()
+        self._sq_norms.append(sq_norms.to(dtype) * own.reshape(-1, *[1] * (sq_norms.ndim - 1)))
+        self._sizes.append(torch.where(counted, counts, 1.0))
+        self._weights.append(weight * share)
+        self._examples = self._examples + size
         self._total_weight += weight
         self._micro_batches += 1
 
@@ -107,18 +134,16 @@ class PerExampleProbe:
         """Take the norm of the optimizer's gradient over the measured parameters."""
         if self._failed or not self._weights or self._norms is None:
             return None
-        dtype, device = self._sq_norms[0].dtype, self._sq_norms[0].device
+        dtype = self._sq_norms[0].dtype
         factor = 1.0 / self._total_weight
         scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
-        grads = [p.grad for p in self._norms.parameters if p.grad is not None]
-        norms = foreach_norms(grads)
-        mean_norms = torch.stack(norms).to(dtype) * scale if norms else torch.zeros(1, device=device, dtype=dtype)
         self._has_measured = True
         return GradientSamples(
             sq_norms=torch.cat(self._sq_norms),
-            sizes=[1.0] * len(self._weights),
-            weights=self._weights,
-            grad_sq_norm=mean_norms.square().sum(),
+            sizes=torch.cat(self._sizes),
+            weights=torch.cat(self._weights),
+            grad_sq_norm=self._measured.sq_norms_of_optimizers_gradient(scale),
+            examples=self._examples,
             micro_batches=self._micro_batches,
             full=full,
         )
@@ -129,17 +154,20 @@ class PerExampleProbe:
             self._norms.detach()
         self._norms = None
         self._model = None
-        self._parameters = ()
+        self._measured = MeasuredParameters(())
         self._forget_step()
 
-    def _attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def _attach(self, model: nn.Module, measured: MeasuredParameters) -> None:
         try:
-            norms = PerExampleNorms(model, parameters)
+            norms = PerExampleNorms(
+                model, measured.parameters, groups=measured.groups, denominator=measured.denominator
+            )
             norms.attach()
         except PerExampleError as error:
             raise ValueError(f"`probe='per_example'`: {error}. {_ALTERNATIVES}") from error
-        self._norms, self._model, self._parameters = norms, model, tuple(parameters)
-        self._coverage = norms.coverage
+        self._norms, self._model, self._measured = norms, model, measured
+        seen = sum(p.numel() for p in norms.parameters)
+        self._coverage = seen / max(sum(p.numel() for p in measured.parameters), 1)
 
     def _try(self, call: Callable[[PerExampleNorms], _Result]) -> _Result | None:
         """Call the engine; what it refuses is an error at first, and a step left out later."""
@@ -159,7 +187,6 @@ class PerExampleProbe:
 
     def _forget_step(self) -> None:
         self._failed = False
-        self._sq_norms: list[Tensor] = []
-        self._weights: list[float] = []
-        self._total_weight = 0.0
-        self._micro_batches = 0
+        self._by_example = None
+        self._sq_norms, self._sizes, self._weights = [], [], []
+        self._examples, self._total_weight, self._micro_batches = 0.0, 0.0, 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_wn.noise_scale.probes.per_example.forms import Form, Outer, Rows, add_forms, dense_sum
+from lightning_wn.noise_scale.probes.per_example.forms import Form, Outer, Rows, add_forms, dense_chunks, dense_sum
 from lightning_wn.weight_norm.parametrization import WeightNorm, unit_norm
 
 
@@ -37,33 +37,65 @@ class WeightNormed:
     norm: Callable[[Tensor], Tensor]
     leading: bool
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The pair (g, v)."""
+        return self.gain, self.direction
+
     @torch.no_grad()
-    def squared_norms(self, forms: Sequence[Form], shape: torch.Size, measured: frozenset[int]) -> Tensor:
-        """Return |∂g|² + |∂v|² per example, shape (B,).
+    def squared_norms(self, forms: Sequence[Form], shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return |∂g|² and |∂v|² per example, each of shape (B,).
 
         Args:
             forms: The gradient by w of each use of the weight.
             shape: The shape of the weight.
-            measured: Which of g and v to count, by ``id``.
         """
-        wide = forms[0].values.dtype if isinstance(forms[0], Rows) else _dtype(forms[0])
-        norm = self.norm(self.direction).to(wide).flatten()
+        ratio, unit = self._ratio_and_unit(_dtype(forms[0]))
+        row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio.square(), self)
+        along_sq = along.square()
+        # rounding can make the difference of a gradient along v̂ negative
+        return along_sq.sum(1), (ratio_sq * (row_sq - along_sq).clamp_min(0)).sum(1)
+
+    @torch.no_grad()
+    def preconditioned(
+        self, forms: Sequence[Form], shape: torch.Size, gain: Tensor | None, direction: Tensor | None
+    ) -> Tensor:
+        """Return |∂g / gain|² + |∂v / direction|² per example, shape (B,).
+
+        Args:
+            forms: The gradient by w of each use of the weight.
+            shape: The shape of the weight.
+            gain: What to divide the gradient by g by, of its shape; None where g is not measured.
+            direction: The same for v.
+        """
+        ratio, unit = self._ratio_and_unit(_dtype(forms[0]))
+        chunks: list[Tensor] = []
+        for grad in dense_chunks(add_forms(forms, shape), shape):
+            by_unit = torch.vmap(self.units)(grad).flatten(2)
+            along = (by_unit * unit).sum(2)
+            total = torch.zeros_like(along[:, 0])
+            if gain is not None:
+                total = total + (along / gain.to(along.dtype).flatten()).square().sum(1)
+            if direction is not None:
+                by_direction = ratio.unsqueeze(1) * (by_unit - along.unsqueeze(2) * unit)
+                divided = by_direction / self.units(direction).to(along.dtype).flatten(1)
+                total = total + divided.square().sum((1, 2))
+            chunks.append(total)
+        return torch.cat(chunks)
+
+    def _ratio_and_unit(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return g/‖v‖, shape (units,), and v̂, shape (units, elements of a unit)."""
+        norm = self.norm(self.direction).to(dtype).flatten()
         # a unit without direction counts as if its norm were 1, and then its v̂ is 0
         norm = norm.masked_fill(norm == 0, 1.0)
-        ratio_sq = (self.gain.detach().to(wide).flatten() / norm).square()
-        unit = self.units(self.direction.detach()).to(wide).flatten(1) / norm.unsqueeze(1)
-        row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio_sq, self)
-        total = torch.zeros_like(row_sq[:, 0])
-        if id(self.gain) in measured:
-            total = total + along.square().sum(1)
-        if id(self.direction) in measured:
-            # rounding can make the difference of a gradient along v̂ negative
-            total = total + (ratio_sq * (row_sq - along.square()).clamp_min(0)).sum(1)
-        return total
+        unit = self.units(self.direction.detach()).to(dtype).flatten(1) / norm.unsqueeze(1)
+        return self.gain.detach().to(dtype).flatten() / norm, unit
 
 
 def _dtype(form: Form) -> torch.dtype:
-    return form.left.dtype if isinstance(form, Outer) else form.grad.dtype  # type: ignore[union-attr]  # the other two have it
+    if isinstance(form, Outer):
+        return form.left.dtype
+    return form.values.dtype if isinstance(form, Rows) else form.grad.dtype
 
 
 def _by_unit(

@@ -1,0 +1,123 @@
+"""The curvature-weighted noise scale, by Hessian-vector products at fixed weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
+
+
+def curvature_samples(
+    parameters: Sequence[nn.Parameter],
+    hessian_loss: Callable[[], Tensor],
+    losses: Iterable[tuple[Callable[[], Tensor], float | Tensor]],
+) -> GradientSamples:
+    """Measure gᵀHg of a few gradient samples, with the Hessian of a batch that none of them has seen.
+
+    With E[g_k] = G and Cov[g_k] = Σ/n_k, independent of H, E[g_kᵀ H g_k] = GᵀHG + tr(HΣ)/n_k, and the mean ḡ of K
+    samples has E[ḡᵀ H ḡ] = GᵀHG + tr(HΣ) Σ 1/(K² n_k): the two equations of the simple noise scale with GᵀHG in the
+    place of |G|² and tr(HΣ) in that of tr(Σ). Their ratio is B_noise (McCandlish et al., arXiv 1812.06162,
+    section 2.2). Neither is positive for sure: H need not be definite.
+
+    Takes one pass with a graph that can be differentiated twice, and for each sample a pass and a Hessian-vector
+    product; the memory of four gradients, and of that graph.
+
+    Args:
+        parameters: What the Hessian is of.
+        hessian_loss: Computes the mean loss of the batch that gives H.
+        losses: For each sample what computes its batch's mean loss, and the examples n_k in it; two or more.
+
+    Returns:
+        The samples, with gᵀHg in the place of squared norms; a random state that the losses need is the caller's.
+
+    Raises:
+        ValueError: If the loss cannot be differentiated twice.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> loss = lambda: (w ** 2 @ torch.tensor([0.5, 1.0]))  # g = (1, 4), H = diag(1, 2)
+        >>> float(curvature_samples([w], loss, [(loss, 1), (loss, 1)]).grad_sq_norm)
+        33.0
+    """
+    with _twice_differentiable(), torch.enable_grad():
+        slopes = _gradients(hessian_loss(), parameters, create_graph=True)
+        device = parameters[0].device
+        dtype = summing_dtype(device)
+        total: list[Tensor] = []
+        total_product: list[Tensor] = []
+        forms: list[Tensor] = []
+        sizes: list[float | Tensor] = []
+        for loss, size in losses:
+            gradients = _gradients(loss(), parameters)
+            products = _hessian_product(slopes, parameters, gradients)
+            forms.append(_dot(gradients, products, dtype))
+            sizes.append(size)
+            if total:
+                torch._foreach_add_(total, gradients)
+                torch._foreach_add_(total_product, products)
+            else:
+                total, total_product = [g.clone() for g in gradients], [p.clone() for p in products]
+    count = len(forms)
+    return GradientSamples(
+        sq_norms=torch.stack(forms),
+        sizes=torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in sizes]),
+        weights=[1.0 / count] * count,
+        grad_sq_norm=_dot(total, total_product, dtype) / count**2,
+        examples=sizes[0],
+        micro_batches=1,
+    )
+
+
+def copy_for_measuring(model: nn.Module) -> nn.Module:
+    """Copy a model in training mode, but not the Trainer that a LightningModule may be attached to."""
+    memo = {id(trainer): None for trainer in [getattr(model, "_trainer", None)] if trainer is not None}
+    copied: nn.Module = copy.deepcopy(model, memo)
+    return copied.train()
+
+
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
+    found = torch.autograd.grad(loss, list(parameters), allow_unused=True, create_graph=create_graph)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def _hessian_product(
+    slopes: Sequence[Tensor], parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return Hv from the gradient with its graph; a gradient that does not depend on anything has no curvature."""
+    curved = [(slope, v) for slope, v in zip(slopes, vector, strict=True) if slope.requires_grad]
+    if not curved:
+        return [torch.zeros_like(p) for p in parameters]
+    try:
+        found = torch.autograd.grad(
+            [slope for slope, _ in curved],
+            list(parameters),
+            [v for _, v in curved],
+            allow_unused=True,
+            retain_graph=True,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            "The curvature-weighted noise scale differentiates the loss twice, and the model has an operation that "
+            f"cannot be ({error}); measure without curvature, or use an implementation that can, such as eager "
+            "attention."
+        ) from error
+    return [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, found, strict=True)]
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([torch.sum(a * b, dtype=dtype) for a, b in zip(left, right, strict=True)]).sum()
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Choose implementations that have a second derivative: fused attention and cuDNN's recurrent layers do not."""
+    flags: Any = torch.backends.cudnn.flags
+    with sdpa_kernel(SDPBackend.MATH), flags(enabled=False):
+        yield

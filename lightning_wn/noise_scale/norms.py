@@ -1,0 +1,40 @@
+"""Norms of many tensors in few kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """Return the type in which to sum the squares of such a tensor: float32 at least; None is its own."""
+    return torch.float32 if dtype in _LOW_PRECISION else None
+
+
+def foreach_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norm of each tensor, in the order of the tensors, in float32 at least.
+
+    Example:
+        >>> foreach_norms([torch.tensor([3.0, 4.0]), torch.tensor([1.0], dtype=torch.float64)])
+        [tensor(5.), tensor(1., dtype=torch.float64)]
+    """
+    places: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.dtype, []).append(place)
+    norms = list(tensors)
+    for dtype, group in places.items():
+        found = torch._foreach_norm([tensors[place] for place in group], 2, dtype=norm_dtype(dtype))
+        for place, norm in zip(group, found, strict=True):
+            norms[place] = norm
+    return norms
+
+
+def sum_of_squares(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the squared norm of all tensors together, shape (), in the type and on the device of ``like``."""
+    if not tensors:
+        return torch.zeros_like(like)
+    return torch.stack(foreach_norms(tensors)).to(like).square().sum()

@@ -1,0 +1,81 @@
+"""The diagonal that an Adam-like optimizer divides its gradients by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_SECOND_MOMENT = "exp_avg_sq"
+_WITHOUT_SECOND_MOMENT = (
+    torch.optim.SGD,
+    torch.optim.ASGD,
+    torch.optim.LBFGS,
+    torch.optim.Rprop,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.RMSprop,
+)
+
+
+class AdamDenominator:
+    """√v̂ + ε for each parameter, as Adam, AdamW and their kin keep it (Kingma & Ba, arXiv 1412.6980, algorithm 1).
+
+    With P = diag(1 / (√v̂ + ε)) the preconditioned gradient Pg is what such an optimizer follows, and |PG|² and
+    tr(PΣP) are its noise scale (Qiao et al., Pollux, OSDI 2021, section 3.1). v̂ is that of the steps before, so it does
+    not depend on the gradient that is measured.
+
+    Args:
+        optimizer: An optimizer that keeps ``exp_avg_sq``.
+
+    Raises:
+        ValueError: If the optimizer is of a class that keeps no such moment.
+
+    Example:
+        >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> adam = torch.optim.Adam([weight], eps=0.5)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> adam.step()
+        >>> AdamDenominator(adam)(weight)
+        tensor([3.5000, 4.5000])
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, _WITHOUT_SECOND_MOMENT):
+            raise _no_second_moment(optimizer)
+        self._optimizer = optimizer
+        self._groups: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return √v̂ + ε in the parameter's shape, or None before the optimizer's first step.
+
+        Raises:
+            ValueError: If after its first step the optimizer keeps no ``exp_avg_sq``.
+        """
+        state = self._optimizer.state.get(parameter)
+        if not state:
+            return None
+        group = self._group(parameter)
+        if _SECOND_MOMENT not in state or "step" not in state or "betas" not in group or "eps" not in group:
+            raise _no_second_moment(self._optimizer)
+        second: Tensor = state.get("max_exp_avg_sq", state[_SECOND_MOMENT])
+        step = torch.as_tensor(state["step"], dtype=torch.float32)
+        correction = 1.0 - torch.as_tensor(group["betas"][1], device=step.device) ** step
+        return (second / correction.to(second.device, non_blocking=True)).sqrt_().add_(group["eps"])
+
+    def _group(self, parameter: nn.Parameter) -> dict[str, Any]:
+        if id(parameter) not in self._groups:
+            self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        return self._groups[id(parameter)]
+
+
+def _no_second_moment(optimizer: Optimizer) -> ValueError:
+    return ValueError(
+        f"`preconditioned=True` needs an optimizer that divides by a running second moment, and "
+        f"{type(optimizer).__name__} keeps no `{_SECOND_MOMENT}`; use Adam, AdamW, NAdam or RAdam, or "
+        "`preconditioned=False`."
+    )
