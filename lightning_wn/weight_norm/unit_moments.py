@@ -46,13 +46,10 @@ def unit_moments(values: Tensor, dim: int) -> UnitMoments:
     wide = torch.float32 if values.device.type == "mps" else torch.float64
     rows = values.movedim(dim, 0).reshape(values.shape[dim], -1)
     count = torch.tensor(float(rows.shape[1]), dtype=wide, device=rows.device)
-    divisor = count.clamp_min(1.0)
-    mean = rows.sum(1, dtype=wide) / divisor
+    mean = rows.sum(1, dtype=wide) / count.clamp_min(1.0)
+    # in the type of the values, which saves a wide copy of them: the mean's rounding is theirs, too
     centered = rows - mean.to(rows.dtype).unsqueeze(1)
-    # the mean was rounded to be subtracted: what is left of it is known, too
-    left = centered.sum(1, dtype=wide) / divisor
-    squares = centered.square_().sum(1, dtype=wide) - count * left.square()
-    return UnitMoments(count, mean.to(rows.dtype).to(wide) + left, squares.clamp_min(0.0))
+    return UnitMoments(count, mean, centered.square_().sum(1, dtype=wide))
 
 
 def gather_ranks(row: Tensor) -> Tensor:

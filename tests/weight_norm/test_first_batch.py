@@ -218,22 +218,23 @@ def test_two_callbacks_each_initialize_their_own():
     assert_all_equal(watch.found, expected)
 
 
-class SkipsFirstEpoch(Callback):
+class SkipsFirstEpoch(Regression):
     """Skips an epoch, and evaluates at its end."""
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        return -1 if trainer.current_epoch == 0 else None
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.current_epoch == 0 else None
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            pl_module.net(torch.full((8, 4), 100.0))
+    def on_train_epoch_end(self):
+        if self.current_epoch == 0:
+            assert not self.losses
+            self.net(torch.full((8, 4), 100.0))
 
 
 def test_a_skipped_batch_is_not_the_first_one():
     torch.manual_seed(0)
-    model, watch = Regression(), AfterFirstForward()
+    model, watch = SkipsFirstEpoch(), AfterFirstForward()
     expected = initialized(model, next(iter(model.data())))
-    fit(model, WeightNormCallback(init="data"), SkipsFirstEpoch(), watch, max_epochs=2)
+    fit(model, WeightNormCallback(init="data"), watch, max_epochs=2)
     assert_all_equal(watch.found, expected)
 
 

@@ -126,6 +126,23 @@ def test_a_unit_that_is_constant_on_the_batch_keeps_g_and_is_centered(scale):
     torch.testing.assert_close(out[:, 0].std(correction=0).item(), 1.0, atol=2e-3, rtol=0)
 
 
+def test_rounding_is_no_variance():
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 2)
+    with torch.no_grad():
+        layer.weight[0, [0, -1]] = torch.tensor([0.5, -0.5])
+    apply_weight_norm(layer)
+    g = layer.parametrizations.weight.original0.detach().clone()
+    x = torch.randn(40).expand(300, 40).clone()
+    # two large inputs that cancel out in the first unit, up to the rounding of the terms between them
+    x[:, 0] = 1000 * torch.randn(300)
+    x[:, -1] = x[:, 0]
+    assert layer(x)[:, 0].std() > 0
+    initialize(layer, x)
+    assert torch.equal(layer.parametrizations.weight.original0[0], g[0])
+    torch.testing.assert_close(layer(x)[:, 1].std(correction=0).item(), 1.0, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("frozen", ["original0", "bias"])
 def test_what_is_frozen_is_not_touched(frozen):
     layer = nn.Linear(4, 3)
@@ -173,6 +190,19 @@ def test_tied_weights_are_set_by_the_first_layer_and_each_bias_by_its_own():
     for mean, _ in (first, second):
         assert mean.abs().max() < 1e-5
     model(x).sum().backward()  # g was not changed after its first use
+
+
+def test_a_shared_bias_is_set_by_the_first_layer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].bias = model[0].bias
+    apply_weight_norm(model)
+    x = torch.randn(64, 4) + 1
+    initialize(model, x)
+    first, second = moments_of(model, x).values()
+    assert first[0].abs().max() < 1e-5
+    assert second[0].abs().max() > 0.01
+    for _, deviation in (first, second):
+        torch.testing.assert_close(deviation, torch.ones(4).double(), rtol=1e-5, atol=0)
 
 
 def test_only_called_layers_are_set_and_the_rest_is_named():
@@ -251,18 +281,19 @@ def test_compiled_models_are_initialized_too():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     apply_weight_norm(model)
     x = torch.randn(64, 4)
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        compiled(x)
-    report = initialize_compiled(compiled, model, x)
-    assert report.initialized == ("0", "2")
-    torch.testing.assert_close(compiled(x).std(0, correction=0), torch.ones(3))
+    graphs = []
 
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
 
-def initialize_compiled(compiled, model, x):
+    compiled = torch.compile(model, backend=backend)
     with DataDependentInitialization(named(model)) as initialization:
         compiled(x)
-    return initialization.report()
+    assert initialization.report().initialized == ("0", "2")
+    assert not graphs
+    torch.testing.assert_close(compiled(x).std(0, correction=0), torch.ones(3))
+    assert len(graphs) == 1  # without a hook in it
 
 
 class Noisy(nn.Linear):
