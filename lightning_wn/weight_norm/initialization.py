@@ -103,7 +103,7 @@ class DataDependentInitialization:
         self._handles: dict[int, RemovableHandle] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._reached: dict[int, bool] = {}
-        self._compilation = ExitStack()
+        self._runs_eagerly = False
 
     def __enter__(self) -> Self:
         """Attach."""
@@ -119,9 +119,10 @@ class DataDependentInitialization:
     def attach(self) -> None:
         """Put a hook in front of each layer that no batch has reached."""
         self.detach()
+        # a compiled model ignores hooks: let this batch run without compilation
         if "torch._dynamo" in sys.modules:
-            # a compiled model ignores hooks: let this batch run without compilation
-            self._compilation.enter_context(torch.compiler.set_stance("force_eager"))
+            _EAGER.begin()
+            self._runs_eagerly = True
         for layer in self._layers:
             if id(layer.module) not in self._reached:
                 self._handles[id(layer.module)] = layer.module.register_forward_pre_hook(
@@ -130,7 +131,9 @@ class DataDependentInitialization:
 
     def detach(self) -> None:
         """Take all hooks away."""
-        self._compilation.close()
+        if self._runs_eagerly:
+            _EAGER.end()
+            self._runs_eagerly = False
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
@@ -268,6 +271,28 @@ def _measure(
     # a sum of n products, of which those of v have squares that add up to 1, is at most √n times the peak
     noise = 4 * torch.finfo(wide).eps * ranks[:, 1].max() * (v.numel() / units) ** 0.5
     return moments, noise
+
+
+class _Eager:
+    """Models run without compilation from the first begin to the last end, in whatever order these come."""
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._stance = ExitStack()
+
+    def begin(self) -> None:
+        if self._running == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._running += 1
+
+    def end(self) -> None:
+        self._running -= 1
+        if self._running == 0:
+            self._stance.close()
+
+
+# of the process, as torch's stance is
+_EAGER = _Eager()
 
 
 class _Bare(nn.Module):

@@ -296,6 +296,23 @@ def test_compiled_models_are_initialized_too():
     assert len(graphs) == 1  # without a hook in it
 
 
+def test_initializations_that_overlap_leave_compilation_on():
+    torch._dynamo.reset()
+    model = nn.Linear(4, 3)
+    apply_weight_norm(model)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    first, second = (DataDependentInitialization(named(model)) for _ in range(2))
+    first.attach()
+    second.attach()
+    first.detach()
+    compiled(torch.randn(8, 4))
+    assert not graphs
+    second.detach()
+    compiled(torch.randn(8, 4))
+    assert len(graphs) == 1
+
+
 class Noisy(nn.Linear):
     """Counts its calls and draws random numbers, but stays linear in its weight."""
 
