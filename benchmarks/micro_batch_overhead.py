@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 
 MODES = ("plain", "probe", "floor")
 
@@ -118,7 +119,7 @@ def benchmark(accumulate: int, steps: int, sequence: int = 64) -> None:
         enable_model_summary=False,
     )
     trainer.fit(model, DataLoader(data, micro_batch))
-    callback._probe.detach()
+    callback._measurements[0].probe.detach()
     plain = statistics.median(turns.times["plain"])
     size = sum(p.numel() for p in model.parameters())
     print(f"\n{size / 1e6:.2f} M parameters, {accumulate} micro-batches of {micro_batch} x {sequence} tokens a step")
@@ -133,7 +134,7 @@ def benchmark(accumulate: int, steps: int, sequence: int = 64) -> None:
         for mode in ("probe", "floor")
     }
     synchronization = statistics.median(turns.synchronization)
-    cadence = callback._probe.default_every_n_steps
+    cadence = callback._measurements[0].probe.default_every_n_steps
     amortised = 1 + extra["probe"] / cadence / plain + synchronization / 50 / plain
     ratio = extra["probe"] / extra["floor"]
     print(f"  probe's overhead / floor's overhead: {ratio:.2f}; the probe takes {accumulate + 1} norms, the floor 2")
@@ -145,10 +146,10 @@ def peak_python_memory() -> None:
     """Peak of what one measured window allocates beyond the gradients themselves, in tensors' bytes."""
     model = Transformer()
     callback = GradientNoiseScaleCallback(every_n_steps=1)
-    probe = callback._probe
+    probe = callback._measurements[0].probe
     parameters = list(model.parameters())
     tracemalloc.start()
-    probe.begin(0, 1, model, parameters)
+    probe.begin(0, 1, model, MeasuredParameters(parameters))
     held = sum(p._places[0].numel() * 8 * len(p._places) + p.signs.numel() * 4 for p in probe._projections.values())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     for _ in range(2):

@@ -15,6 +15,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.probes.per_example.probe import PerExampleProbe
 
 
@@ -62,14 +64,14 @@ def benchmark(attention: type[nn.Module], width: int, layers: int, batch: int, l
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     tokens = torch.randint(0, 512, (batch, length + 1))
-    probe = PerExampleProbe()
+    probe, measured_parameters = PerExampleProbe(), MeasuredParameters(parameters)
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats + 3):
         for measured in (False, True):
             start = time.perf_counter()
             if measured:
-                probe.begin(0, 1, model, parameters)
-                probe.before_forward(batch)
+                probe.begin(0, 1, model, measured_parameters)
+                probe.before_forward(BatchCount(batch))
             loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
             optimizer.zero_grad()
             if measured:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, find_measured
+from lightning_wn.noise_scale.probes.fsdp_groups import read_sharded_groups, require_optimized
 from lightning_wn.noise_scale.probes.sharded import ShardedProbe
 
 
@@ -102,6 +104,48 @@ def exact_models(folder):
     return results
 
 
+def exact_groups(folder):
+    """Columns of |g_k|² and |ḡ|² for a part of the parameters and for groups, beside the plain copy's."""
+    results = {}
+    for name, keywords, layers in (
+        ("groups", {}, None),
+        ("a part", {}, ["second", "first.bias"]),
+        ("one group of FSDP2", {"whole": True}, None),
+        ("float64", {"dtype": torch.float64}, None),
+        ("reduced in float64", {"policy": MixedPrecisionPolicy(reduce_dtype=torch.float64)}, "*.weight"),
+    ):
+        dtype = keywords.get("dtype", torch.float32)
+        model, plain = sharded_pair(**keywords)
+        chosen = {"layers": layers, "groups": {"weights": "*.weight", "second": "second"}}
+        probe = ShardedProbe()
+        probe.begin(0, 1, model, find_measured(model, list(model.parameters()), **chosen))
+        expected = find_measured(plain, list(plain.parameters()), **chosen)
+        samples, total = [], [torch.zeros_like(p, dtype=torch.float64) for p in expected.parameters]
+        one = torch.ones((), dtype=torch.float64)
+        for index in range(2):
+            x = batch(4, index, dtype)
+            probe.before_backward()
+            (model(x, spare=True).square().sum(1).mean() / 2).backward()
+            probe.after_backward(4, 0.5, None)
+            loss = plain(x, spare=True).square().sum(1).mean()
+            gradients = [g.double() for g in torch.autograd.grad(loss, expected.parameters)]
+            samples.append(expected.sq_norms_of(gradients, one))
+            torch._foreach_add_(total, gradients, alpha=0.5 / dist.get_world_size())
+        for gradient in total:
+            dist.all_reduce(gradient)
+        found = probe.finish(None, full=True)
+        probe.detach()
+        mean = found.grad_sq_norm / dist.get_world_size()
+        dist.all_reduce(mean)
+        results[name] = {
+            "samples": float((found.sq_norms / torch.stack(samples) - 1.0).abs().max()),
+            "mean": float((mean / expected.sq_norms_of(total, one) - 1.0).abs().max()),
+            "columns": list(found.sq_norms.shape),
+            "comms": comms(model),
+        }
+    return results
+
+
 def exact_hybrid(folder):
     """Replicas that are averaged only in the last backward pass, and collectives with a group of their own."""
     model, plain = sharded_pair(shape=(2, 2))
@@ -117,7 +161,7 @@ def irregular(folder):
     """Several backward passes taken for one, and groups that reduce at different times."""
     model, _ = sharded_pair()
     probe = ShardedProbe()
-    probe.begin(0, 1, model, list(model.parameters()))
+    probe.begin(0, 1, model, MeasuredParameters(list(model.parameters())))
     probe.before_backward()
     for seed in (0, 1):
         model(batch(4, seed, torch.float32)).square().mean().backward()
@@ -127,7 +171,7 @@ def irregular(folder):
 
     model, _ = sharded_pair()
     probe = ShardedProbe()
-    probe.begin(0, 1, model, list(model.parameters()))
+    probe.begin(0, 1, model, MeasuredParameters(list(model.parameters())))
     for synced in (False, True):
         model.first.set_requires_gradient_sync(synced)
         probe.before_backward()
@@ -153,7 +197,7 @@ def attach_and_detach(folder):
         model, _ = sharded_pair()
         probes = [ShardedProbe(), ShardedProbe()]
         for probe in probes:
-            probe.begin(0, 1, model, list(model.parameters()))
+            probe.begin(0, 1, model, MeasuredParameters(list(model.parameters())))
         attached = comms(model)
         for probe in (probes[first_out], probes[1 - first_out]):
             probe.detach()
@@ -161,7 +205,7 @@ def attach_and_detach(folder):
     model, _ = sharded_pair()
     originals = [g._reduce_scatter_comm for g in model.first._get_fsdp_state()._fsdp_param_groups]
     probe = ShardedProbe()
-    probe.begin(0, 1, model, list(model.parameters()))
+    probe.begin(0, 1, model, MeasuredParameters(list(model.parameters())))
     model.second.set_custom_reduce_scatter(UsersReduceScatter())
     probe.detach()
     probe.detach()
@@ -172,7 +216,11 @@ def attach_and_detach(folder):
 
 def refused_probes(folder):
     def begin(model):
-        return sentence(lambda: ShardedProbe().begin(0, 1, model, [p for p in model.parameters() if p.requires_grad]))
+        return sentence(
+            lambda: ShardedProbe().begin(
+                0, 1, model, MeasuredParameters([p for p in model.parameters() if p.requires_grad])
+            )
+        )
 
     own, _ = sharded_pair()
     own.second.set_custom_reduce_scatter(UsersReduceScatter())
@@ -181,7 +229,7 @@ def refused_probes(folder):
     ignored = Uneven(None)
     fully_shard(ignored, mesh=mesh["replicate"], ignored_params=set(ignored.spare.parameters()))
     partly, _ = sharded_pair()
-    without = sentence(lambda: ShardedProbe().begin(0, 1, partly, list(partly.first.parameters())))
+    without = sentence(lambda: require_optimized(partly, read_sharded_groups(partly), list(partly.first.parameters())))
 
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 
@@ -215,6 +263,6 @@ def refused_tensor_parallel_layers(folder):
     fully_shard(model, mesh=mesh["data"])
     part = fully_shard(Uneven(None), mesh=mesh["data"])
     return [
-        sentence(lambda: ShardedProbe().begin(0, 1, model, list(model.parameters()))),
-        sentence(lambda: ShardedProbe().begin(0, 1, part, list(part.parameters()))),
+        sentence(lambda: ShardedProbe().begin(0, 1, model, MeasuredParameters(list(model.parameters())))),
+        sentence(lambda: ShardedProbe().begin(0, 1, part, MeasuredParameters(list(part.parameters())))),
     ]

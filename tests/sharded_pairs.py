@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.probes.sharded import ShardedProbe
 from lightning_wn.noise_scale.samples import _GRAD_SQ_NORM, Measurement, measurement_from_row
 
@@ -95,7 +96,7 @@ def compare_norms(
 ):
     """Relative errors of the probe's |g_k|² and of |ḡ|² against the plain copy, and what the row says."""
     probe = ShardedProbe()
-    probe.begin(0, 1, model, [p for p in model.parameters() if p.requires_grad])
+    probe.begin(0, 1, model, MeasuredParameters([p for p in model.parameters() if p.requires_grad]))
     weight = 1.0 / len(sizes)
     sums = []
     for index, size in enumerate(sizes):

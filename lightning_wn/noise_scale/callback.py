@@ -455,7 +455,11 @@ class GradientNoiseScaleCallback(Callback):
             return
         self._probe_name = name
         for measurement in self._measurements:
-            measurement.take_probe(PROBES[name]())
+            probe = PROBES[name]()
+            if bool(probe.approximate) != bool(measurement.probe.approximate):
+                # one estimate is either exact or not
+                measurement.metric.reset()
+            measurement.take_probe(probe)
         self._settle_cadence()
         self._warn_if_approximate()
 

@@ -38,7 +38,8 @@ def curvature_samples(
         The samples, with gᵀHg in the place of squared norms; a random state that the losses need is the caller's.
 
     Raises:
-        ValueError: If the loss cannot be differentiated twice.
+        ValueError: If the loss cannot be differentiated twice. An operation of the user's own that is marked
+            ``once_differentiable`` and comes last of all hides that from autograd, and counts as linear.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -48,6 +49,8 @@ def curvature_samples(
     """
     with _twice_differentiable(), torch.enable_grad():
         slopes = _gradients(hessian_loss(), parameters, create_graph=True)
+        if _ends_in_an_error(slopes):
+            raise _not_twice("the model has an operation that is marked `once_differentiable`")
         device = parameters[0].device
         dtype = summing_dtype(device)
         total: list[Tensor] = []
@@ -90,10 +93,11 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], *, create_graph
 def _hessian_product(
     slopes: Sequence[Tensor], parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return Hv from the gradient with its graph; a gradient that does not depend on anything has no curvature."""
+    """Return Hv from the gradient with its graph."""
+    # in a parameter that the loss is linear in, the gradient does not depend on any
     curved = [(slope, v) for slope, v in zip(slopes, vector, strict=True) if slope.requires_grad]
     if not curved:
-        return [torch.zeros_like(p) for p in parameters]
+        raise _not_twice("its gradient depends on no parameter, as if the loss were linear")
     try:
         found = torch.autograd.grad(
             [slope for slope, _ in curved],
@@ -103,12 +107,29 @@ def _hessian_product(
             retain_graph=True,
         )
     except RuntimeError as error:
-        raise ValueError(
-            "The curvature-weighted noise scale differentiates the loss twice, and the model has an operation that "
-            f"cannot be ({error}); measure without curvature, or use an implementation that can, such as eager "
-            "attention."
-        ) from error
+        raise _not_twice(f"the model has an operation that cannot be ({error})") from error
     return [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, found, strict=True)]
+
+
+def _ends_in_an_error(slopes: Sequence[Tensor]) -> bool:
+    """Whether autograd left a node that stands for a missing derivative, and that nothing would run into."""
+    waiting = [slope.grad_fn for slope in slopes if slope.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().endswith("::Error"):
+            return True
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
+    return False
+
+
+def _not_twice(reason: str) -> ValueError:
+    return ValueError(
+        f"The curvature-weighted noise scale differentiates the loss twice, and {reason}; measure without curvature, "
+        "or use an implementation that can be differentiated twice, such as eager attention."
+    )
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -64,11 +64,9 @@ class CurvatureMeasurement:
     ) -> None:
         """Keep the batch if a measurement is due, and measure when there are enough."""
         step = trainer.global_step
-        starts = step % self.every_n_steps == 0 and step != self._last_step
-        if not self._batches and not starts:
-            return
-        if starts:
-            self._batches = []
+        if not self._batches:
+            if step % self.every_n_steps != 0 or step == self._last_step:
+                return
             self._last_step = step
         self._batches.append((batch, batch_idx, count_examples(batch, batch_size_fn).total))
         if len(self._batches) > _GRADIENT_BATCHES:

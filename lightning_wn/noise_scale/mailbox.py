@@ -15,7 +15,7 @@ class Mailbox:
     them returns except the model's weights. A tensor in shared memory is the same in all copies.
 
     Args:
-        size: How many numbers a message holds.
+        size: How many numbers a message holds at most.
 
     Example:
         >>> mailbox = Mailbox(2)
@@ -36,8 +36,9 @@ class Mailbox:
         self._shared.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def post(self, message: Sequence[float]) -> None:
-        """Leave a message for the parent process."""
-        self._shared[1:] = torch.tensor(message, dtype=torch.float64)
+        """Leave a message for the parent process; a short one is filled up with zeros."""
+        self._shared[1 : 1 + len(message)] = torch.tensor(message, dtype=torch.float64)
+        self._shared[1 + len(message) :] = 0.0
         self._shared[0] += 1
         self._seen = float(self._shared[0])
 

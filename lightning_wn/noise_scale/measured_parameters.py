@@ -77,7 +77,7 @@ class MeasuredParameters:
         if matrix is None:
             members = [[1.0] * len(places)]
             members += [[float(id(self.parameters[p]) in group) for p in places] for group in self._members]
-            matrix = torch.tensor(members, dtype=sq_norms.dtype).reshape(-1, len(places)).to(sq_norms.device)
+            matrix = torch.tensor(members, dtype=sq_norms.dtype).reshape(len(members), len(places)).to(sq_norms.device)
             self._matrices[key] = matrix
         columns: Tensor = matrix @ sq_norms
         if self.denominator is None:
@@ -91,7 +91,8 @@ class MeasuredParameters:
         denominator = self.denominator(self.parameters[place])
         if denominator is None:
             return torch.full((), torch.nan, device=gradient.device)
-        return torch.linalg.vector_norm(gradient / denominator, dtype=norm_dtype(gradient.dtype))
+        norm: Tensor = torch.linalg.vector_norm(gradient / denominator, dtype=norm_dtype(gradient.dtype))
+        return norm
 
     def sq_norms_of(self, gradients: Sequence[Tensor | None], scale: Tensor) -> Tensor:
         """Return the columns of :meth:`add_up` for whole gradients, one a parameter, times ``scale`` each."""

@@ -154,6 +154,7 @@ class OptimizerMeasurement:
         """Let the probe record this backward pass."""
         if self._manual:
             self._before_manual_backward(model)
+            self._marks_before = self._gradient_marks()
         if self.measuring:
             self.probe.before_backward(loss)
 
@@ -218,7 +219,6 @@ class OptimizerMeasurement:
         self._is_open = False
         self._irregular = False
         self._backwards_of_batch = 0
-        self._batch = None
         self._marks, self._marks_before = [], []
 
     def _find_parameters(self, model: LightningModule) -> MeasuredParameters:
@@ -236,24 +236,19 @@ class OptimizerMeasurement:
         return self._measured
 
     def _before_manual_backward(self, model: LightningModule) -> None:
-        batch = self._batch
         # `toggle_optimizer` of another one switches these parameters off: this pass cannot reach them
-        if batch is None or not self.parameters:
+        if not self.parameters:
             return
         if not self._is_open:  # a further step on the same batch
             self._open(self.steps, model)
-            self._begin_late(batch)
+            self._begin_late()
         elif self.measuring and self.num_micro_batches and self._was_changed():
             # what came before is no part of the step
             self._open(self.steps, model)
-            self._begin_late(batch)
-        if self.measuring and not self._alone:
-            self._marks_before = self._gradient_marks()
+            self._begin_late()
 
-    def _begin_late(self, batch: BatchCount) -> None:
-        self._batch = batch
-        if self.measuring and self.probe.watches_forward:
-            self.measuring = False
+    def _begin_late(self) -> None:
+        self.measuring &= not self.probe.watches_forward
 
     def _gradient_marks(self) -> list[tuple[int, int] | None]:
         """What changes whenever a gradient does: its identity, and the version of its memory."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_wn.noise_scale.samples import summing_dtype
+
 _SECOND_MOMENT = "exp_avg_sq"
 _WITHOUT_SECOND_MOMENT = (
     torch.optim.SGD,
@@ -63,9 +65,11 @@ class AdamDenominator:
         if _SECOND_MOMENT not in state or "step" not in state or "betas" not in group or "eps" not in group:
             raise _no_second_moment(self._optimizer)
         second: Tensor = state.get("max_exp_avg_sq", state[_SECOND_MOMENT])
-        step = torch.as_tensor(state["step"], dtype=torch.float32)
-        correction = 1.0 - torch.as_tensor(group["betas"][1], device=step.device) ** step
-        return (second / correction.to(second.device, non_blocking=True)).sqrt_().add_(group["eps"])
+        step = torch.as_tensor(state["step"])
+        dtype = summing_dtype(step.device)
+        # a power near one, subtracted from one: float32 would lose digits
+        correction = 1.0 - torch.as_tensor(group["betas"][1], device=step.device, dtype=dtype) ** step.to(dtype)
+        return (second / correction.to(second)).sqrt_().add_(group["eps"])
 
     def _group(self, parameter: nn.Parameter) -> dict[str, Any]:
         if id(parameter) not in self._groups:

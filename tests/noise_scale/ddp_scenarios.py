@@ -19,10 +19,11 @@ import pytest
 import torch
 from count_ops import CountOps
 from frozen_digits import QUIET, DigitsMLP, digits, loader
+from gan import GAN, gan_data
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_wn import GradientNoiseScaleCallback
 
@@ -33,7 +34,9 @@ def two_ranks(callbacks, strategy=None, **settings):
 
 
 def result(callback) -> dict[str, Any]:
-    return asdict(callback.estimate()) | {"rejected": {r.name: n for r, n in callback._metric.rejected.items()}}
+    return asdict(callback.estimate()) | {
+        "rejected": {r.name: n for r, n in callback._measurements[0].metric.rejected.items()}
+    }
 
 
 def measure(accumulate=1, steps=400, model=None, data=None, callbacks=(), strategy=None, **callback_args):
@@ -181,7 +184,73 @@ def unused_parameters(folder):
     return result(measure(steps=20, model=Sometimes(), strategy=strategy))
 
 
+def in_order(data):
+    """Batches of 16; rank r has the examples r, r + 2, ..."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return DataLoader(data, 16, sampler=DistributedSampler(data, 2, rank, shuffle=False))
+
+
+def groups(folder):
+    """One step, in the order of the data."""
+    callback = measure(steps=1, data=in_order(digits(64)), groups={"first": "net.0", "bias": "*.bias"})
+    part = measure(steps=1, data=in_order(digits(64)), layers="net.2")
+    return [asdict(callback.estimate(group=group)) for group in (None, "first", "bias")] + [asdict(part.estimate())]
+
+
+def two_networks(folder):
+    """Three ways to keep the generator's pass through the discriminator out of its gradient."""
+    said = []
+    for toggle, set_to_none in ((True, True), (False, True), (False, False)):
+        strategy = DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        trainer = two_ranks([callback], strategy, max_steps=2)
+        trainer.fit(GAN(toggle=toggle, set_to_none=set_to_none), in_order(gan_data()))
+        said.append([asdict(callback.estimate(index)) for index in (0, 1)])
+    return said
+
+
+def static_graph_and_checkpointing(folder):
+    class Checkpointed(DigitsMLP):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+    strategy = DDPStrategy(static_graph=True, process_group_backend="gloo")
+    return result(measure(1, 3, Checkpointed(), DataLoader(digits(96), 16), strategy=strategy))
+
+
+def compiled(folder):
+    model = DigitsMLP()
+    model.net.compile(backend="aot_eager")
+    return result(measure(1, 3, model, DataLoader(digits(96), 16)))
+
+
+def plain_steps(folder):
+    """What the two before are compared with."""
+    return result(measure(1, 3, data=DataLoader(digits(96), 16)))
+
+
+def iterable(folder):
+    """Without a length, and with an epoch cut short; each rank has its own examples."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rank = torch.distributed.get_rank()
+            x, y = digits(192).tensors
+            return iter(list(zip(x[rank::2], y[rank::2], strict=True)))
+
+    callback = GradientNoiseScaleCallback(every_n_steps=1, ema_decay=1.0)
+    trainer = two_ranks([callback], accumulate_grad_batches=2, limit_train_batches=5, max_epochs=1)
+    trainer.fit(DigitsMLP(), DataLoader(Stream(), 16))
+    return result(callback)
+
+
 SCENARIOS = [
+    groups,
+    two_networks,
+    static_graph_and_checkpointing,
+    compiled,
+    plain_steps,
+    iterable,
     ddp,
     ddp_and_accumulation,
     bit_for_bit,

@@ -19,11 +19,13 @@ import pytest
 import torch
 from count_ops import CountOps
 from frozen_digits import QUIET, DigitsMLP, digits, loader
+from gan import GAN, gan_data
 from lightning.pytorch.strategies import ModelParallelStrategy
 from sharded_pair_scenarios import (
     UsersReduceScatter,
     attach_and_detach,
     exact,
+    exact_groups,
     exact_hybrid,
     exact_models,
     exact_options,
@@ -35,6 +37,7 @@ from sharded_pair_scenarios import (
 from sharded_pairs import comms
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_wn import GradientNoiseScaleCallback
 
@@ -70,11 +73,19 @@ class ShardedDigits(DigitsMLP):
 class Driver(GradientNoiseScaleCallback):
     """Measures every step, and tells JSON what came of it."""
 
-    def __init__(self):
-        super().__init__(every_n_steps=1, ema_decay=1.0)
+    def __init__(self, **arguments):
+        super().__init__(**({"every_n_steps": 1, "ema_decay": 1.0} | arguments))
 
     def result(self):
-        return asdict(self.estimate()) | {"rejected": {r.name: n for r, n in self._metric.rejected.items()}}
+        return asdict(self.estimate()) | {
+            "rejected": {r.name: n for r, n in self._measurements[0].metric.rejected.items()}
+        }
+
+
+def in_order(data):
+    """Batches of 16; rank r has the examples r, r + 2, ..."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return DataLoader(data, 16, sampler=DistributedSampler(data, ranks(), rank, shuffle=False))
 
 
 def ranks():
@@ -185,6 +196,39 @@ def exception(folder):
     return comms(model)
 
 
+def by_hand(folder):
+    """The same steps under automatic and manual optimization, with a group that is everything."""
+
+    class Manual(ShardedDigits):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+    said = []
+    for model in (ShardedDigits(), Manual()):
+        driver = Driver(groups={"all": "net", "first": "net.0"}, probe="sharded")
+        model_parallel([driver], max_steps=5).fit(model, in_order(digits(320)))
+        said.append([asdict(driver.estimate(group=group)) for group in (None, "all", "first")])
+    return said
+
+
+def two_networks(folder):
+    class Sharded(GAN):
+        def configure_model(self):
+            for network in (self.generator, self.discriminator):
+                if not isinstance(network, FSDPModule):
+                    fully_shard(network, mesh=self.device_mesh["data_parallel"])
+
+    driver = Driver()
+    model_parallel([driver], max_steps=2).fit(Sharded(toggle=False), in_order(gan_data()))
+    return [asdict(driver.estimate(index)) for index in (0, 1)]
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -203,14 +247,17 @@ def refused_runs(folder):
             super().configure_model()
             self.net[0].set_custom_reduce_scatter(UsersReduceScatter())
 
-    def fit(model, strategy=None):
-        return sentence(lambda: model_parallel([Driver()], strategy, max_steps=2).fit(model, loader(digits())))
+    def fit(model, strategy=None, **arguments):
+        trainer = model_parallel([Driver(**arguments)], strategy, max_steps=2)
+        return sentence(lambda: trainer.fit(model, loader(digits())))
 
     return {
         "default": fit(Plain(), ModelParallelStrategy(process_group_backend="gloo")),
         "no module": fit(Plain()),
         "part": fit(Part()),
         "own": fit(Own()),
+        "preconditioned": fit(ShardedDigits(optimizer="Adam"), preconditioned=True),
+        "curvature": fit(ShardedDigits(), curvature_every_n_steps=1),
     }
 
 
@@ -229,6 +276,9 @@ SCENARIOS = {
         exact,
         exact_options,
         exact_models,
+        exact_groups,
+        by_hand,
+        two_networks,
         irregular,
         attach_and_detach,
         exception,

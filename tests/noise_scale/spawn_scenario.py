@@ -27,7 +27,7 @@ if __name__ == "__main__":
     trainer.fit(DigitsMLP(), DataLoader(digits(), 32, shuffle=True))
     saved = callback.state_dict()  # before anybody asked for the estimate
     outcome = asdict(callback.estimate())
-    outcome["saved"] = float(saved["counts"][0])
+    outcome["saved"] = float(saved["optimizers"][0]["moments"]["total"][-1])
     outcome["suggested"] = callback.advise().suggested_batch_size
     outcome["metric"] = float(trainer.callback_metrics["gns/noise_scale"])
     Path(folder, "parent.json").write_text(json.dumps(outcome))

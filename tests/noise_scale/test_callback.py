@@ -78,15 +78,18 @@ class TestTruth:
         model, data = DigitsMLP(), digits(160)
         callback, _ = measure(model, loader(data))
         assert callback.estimate().num_measurements == 200
-        assert callback._metric.rejected[Rejection.SINGLE_SAMPLE] == 200
+        assert callback._measurements[0].metric.rejected[Rejection.SINGLE_SAMPLE] == 200
         assert_true_within(callback, per_example_gradients(model, data), [[32] * 4])
 
     def test_accumulation_that_changes_between_epochs(self):
         model, data = DigitsMLP(), digits(256)
         scheduler = GradientAccumulationScheduler({0: 1, 2: 2, 60: 4})
         callback, _ = measure(model, loader(data), accumulate=1, steps=400, callbacks=[scheduler])
-        assert callback._metric.rejected[Rejection.SINGLE_SAMPLE] == 16
-        # two designs: be content with the wider one's error
+        # steps of one micro-batch are measured example by example
+        assert callback._measurements[0].metric.rejected[Rejection.SINGLE_SAMPLE] == 0
+        assert callback.estimate().num_measurements == 400
+        assert callback.estimate().probe == "micro_batch"
+        # three designs: be content with the widest one's error
         assert_true_within(callback, per_example_gradients(model, data), [[32] * 2] * 4)
         assert callback.advise().configuration.accumulate_grad_batches == 4
 
@@ -155,7 +158,7 @@ class TestPrecision:
         plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**24))
         with pytest.warns(UserWarning, match="NaN or infinite"):
             callback, _ = measure(DigitsMLP(), loader(digits()), steps=30, trainer_args={"plugins": [plugin]})
-        rejected = callback._metric.rejected[Rejection.NON_FINITE]
+        rejected = callback._measurements[0].metric.rejected[Rejection.NON_FINITE]
         assert rejected > 0
         assert callback.estimate().num_measurements == 30 - rejected
         assert math.isfinite(callback.estimate().cov_trace)
@@ -292,7 +295,7 @@ class TestLifeCycle:
             callback = GradientNoiseScaleCallback(every_n_steps=given)
             trainer = L.Trainer(callbacks=[callback], **QUIET, max_steps=20, accumulate_grad_batches=2)
             trainer.fit(DigitsMLP(), loader(digits()), ckpt_path=tmp_path / "last.ckpt")
-            assert callback._every_n_steps == expected
+            assert callback._measurements[0].every_n_steps == expected
 
     def test_advice_from_a_checkpoint_alone(self, tmp_path):
         """A new process that only validates knows the run that was measured."""
@@ -396,7 +399,9 @@ class TestLifeCycle:
             trainer.fit(DigitsMLP(), loader(digits()))
         assert callback.estimate().num_measurements == 4
         states = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"]
-        assert float(states[callback.state_key]["counts"][0]) == 4
+        later = GradientNoiseScaleCallback()
+        later.load_state_dict(states[callback.state_key])
+        assert later.estimate() == callback.estimate()
 
     def test_learning_rate_finder(self, tmp_path):
         finder = LearningRateFinder(num_training_steps=8)
@@ -405,7 +410,7 @@ class TestLifeCycle:
         settings = QUIET | {"enable_checkpointing": True, "max_steps": 20, "accumulate_grad_batches": 2}
         L.Trainer(callbacks=[finder, callback], default_root_dir=tmp_path, **settings).fit(model, loader(data))
         assert callback.estimate().num_measurements == 20
-        assert callback._metric.rejected == dict.fromkeys(Rejection, 0)
+        assert callback._measurements[0].metric.rejected == dict.fromkeys(Rejection, 0)
 
     def test_reset(self):
         callback, _ = measure(DigitsMLP(), loader(digits()), steps=10)
@@ -550,7 +555,7 @@ def test_nan_batch_is_dropped_counted_and_said_once(recwarn):
 
     callback, _ = measure(Poison(), loader(digits(512)), accumulate=2, steps=32)
     # 8 steps an epoch, one of them poisoned
-    assert callback._metric.rejected[Rejection.NON_FINITE] == 4
+    assert callback._measurements[0].metric.rejected[Rejection.NON_FINITE] == 4
     assert callback.estimate().num_measurements == 28
     assert math.isfinite(callback.estimate().cov_trace)
     said = [w for w in recwarn if "NaN or infinite" in str(w.message)]
@@ -565,7 +570,7 @@ def test_edited_gradients_are_dropped_with_a_likely_cause():
 
     with pytest.warns(UserWarning, match="do not add up to the gradient that the optimizer uses.*PowerSGD"):
         callback, _ = measure(DigitsMLP(), loader(digits()), accumulate=2, steps=10, callbacks=[Edit()])
-    assert callback._metric.rejected[Rejection.MISMATCH] == 10
+    assert callback._measurements[0].metric.rejected[Rejection.MISMATCH] == 10
     assert callback.estimate().num_measurements == 0
 
 
@@ -581,7 +586,7 @@ def test_accumulation_changed_in_mid_window_is_caught():
     callback, _ = measure(
         model, loader(data), accumulate=2, trainer_args={"max_epochs": 1, "max_steps": -1}, callbacks=[Change()]
     )
-    rejected = callback._metric.rejected
+    rejected = callback._measurements[0].metric.rejected
     # batches 0-1 are sound; 2-3 are added to what batches 0-1 left; 4-7 are sound
     assert callback.estimate().num_measurements == 2
     assert rejected[Rejection.MISMATCH] <= 1

@@ -111,7 +111,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_pairs_only():
 
     with pytest.warns(UserWarning, match="NaN or infinite"):
         callback = measure(Poison(), loader(digits(640)), steps=20)
-    assert callback._metric.rejected[Rejection.NON_FINITE] == 2
+    assert callback._measurements[0].metric.rejected[Rejection.NON_FINITE] == 2
     assert callback.estimate().num_measurements == 17
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frozen_digits import DigitsMLP, digits, per_example_gradients, standard_errors, truth
+import torch
+from frozen_digits import DigitsMLP, digits, per_example_gradients, standard_errors, textbook_pair, truth
+from gan import gan_samples
 from processes import run_script
 
 HERE = Path(__file__).parent
@@ -32,8 +34,8 @@ def outcome(ranks, request) -> list[Any]:
     return results
 
 
-def scenario(name: str):
-    return pytest.mark.parametrize("outcome", [name], indirect=True)
+def scenario(*names: str):
+    return pytest.mark.parametrize("outcome", names, indirect=True)
 
 
 def assert_true(result: dict[str, Any], samples: list[int]) -> None:
@@ -135,6 +137,48 @@ def test_parameters_unused_on_one_rank(ranks, outcome):
     # the extra layer's gradient is zero, so nothing changes beside the comm hook's run on the same data
     lossless = ranks[0]["lossless_communication_hook"]
     assert outcome[0]["cov_trace"] == pytest.approx(lossless["cov_trace"], rel=1e-3)
+
+
+@scenario("groups")
+def test_groups_are_exact_in_one_step(outcome):
+    assert outcome[0] == outcome[1]
+    gradients = per_example_gradients(DigitsMLP(), digits(64))
+    samples = torch.stack([gradients[rank:32:2].mean(0) for rank in (0, 1)])
+    biases = [*range(2048, 2080), *range(2400, 2410)]
+    for estimate, columns in zip(outcome[0], (range(2410), range(2080), biases, range(2080, 2410)), strict=True):
+        expected = textbook_pair(samples[:, [*columns]], [16, 16])
+        # float32 gradients; |G|² is a difference of norms that nearly cancel
+        assert estimate["cov_trace"] == pytest.approx(expected[1], rel=1e-4)
+        assert estimate["grad_sq_norm"] == pytest.approx(expected[0], rel=1e-4, abs=1e-5 * expected[1])
+    assert outcome[0][3]["coverage"] == pytest.approx(330 / 2410)
+
+
+@scenario("two_networks")
+def test_several_optimizers_have_an_estimate_each(outcome):
+    assert outcome[0] == outcome[1]
+    for said in outcome[0]:
+        for name, estimate in zip(("generator", "discriminator"), said, strict=True):
+            expected = textbook_pair(gan_samples(name, [slice(0, 32, 2), slice(1, 32, 2)]), [16, 16])
+            assert (estimate["probe"], estimate["num_measurements"]) == ("micro_batch", 1)
+            assert estimate["cov_trace"] == pytest.approx(expected[1], rel=1e-4)
+            assert estimate["grad_sq_norm"] == pytest.approx(expected[0], rel=1e-4, abs=1e-5 * expected[1])
+
+
+@scenario("static_graph_and_checkpointing", "compiled")
+def test_the_same_as_without(ranks, outcome):
+    """The very same gradients, up to the order in which a compiler adds."""
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["num_measurements"] == 3
+    for name in ("cov_trace", "grad_sq_norm"):
+        assert outcome[0][name] == pytest.approx(ranks[0]["plain_steps"][name], rel=1e-4)
+
+
+@scenario("iterable")
+def test_iterable_data_and_an_epoch_cut_short(outcome):
+    """Five batches of a rank are windows of two, two and one."""
+    assert outcome[0] == outcome[1]
+    assert outcome[0]["num_measurements"] == 3
+    assert outcome[0]["batch_size"] == 64
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe, foreach_norms
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.norms import foreach_norms
+from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.samples import Measurement, Rejection, measurement_from_row
 
 
@@ -22,7 +24,7 @@ def run_window(model, batches, loss_scale=None, weight=None, loss=None):
         grads = torch.autograd.grad(loss(batch), parameters, allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in grads if g is not None]).double())
     model.zero_grad()
-    probe.begin(0, 1, model, parameters)
+    probe.begin(0, 1, model, MeasuredParameters(parameters))
     scale = 1.0 if loss_scale is None else float(loss_scale)
     for batch in batches:
         probe.before_backward()
@@ -95,7 +97,7 @@ def test_low_precision_norms_are_kept_in_float32(dtype):
     parameter = nn.Parameter(torch.zeros(1000, dtype=dtype))
     grad = (torch.randn(1000) * 300).to(dtype)
     probe = MicroBatchProbe()
-    probe.begin(0, 1, nn.Module(), [parameter])
+    probe.begin(0, 1, nn.Module(), MeasuredParameters([parameter]))
     for _ in range(2):
         probe.before_backward()
         parameter.backward(grad)
@@ -125,7 +127,7 @@ def test_reentrant_checkpoint_of_a_reused_layer_is_irregular():
 
     def outcome(reentrant):
         probe = MicroBatchProbe()
-        probe.begin(0, 1, layer, list(layer.parameters()))
+        probe.begin(0, 1, layer, MeasuredParameters(list(layer.parameters())))
         for batch in batches((3, 4)):
             probe.before_backward()
             (loss(batch, reentrant) / 2).backward()
@@ -142,7 +144,7 @@ def test_reentrant_checkpoint_of_a_reused_layer_is_irregular():
 def test_gradient_edited_before_the_step_is_a_mismatch():
     net = small_net()
     probe = MicroBatchProbe()
-    probe.begin(0, 1, net, list(net.parameters()))
+    probe.begin(0, 1, net, MeasuredParameters(list(net.parameters())))
     for batch in batches((3, 4)):
         probe.before_backward()
         (net(batch).square().mean() / 2).backward()
@@ -158,7 +160,7 @@ def test_gradients_taken_outside_the_backward_pass_are_ignored():
     net = small_net()
     probe = MicroBatchProbe()
     parameters = list(net.parameters())
-    probe.begin(0, 1, net, parameters)
+    probe.begin(0, 1, net, MeasuredParameters(parameters))
     for batch in batches((3, 4)):
         torch.autograd.grad(net(batch).sum(), parameters)  # fires the hooks
         probe.before_backward()
@@ -173,10 +175,11 @@ def test_hooks_come_and_go():
     net = small_net()
     probe = MicroBatchProbe()
     parameters = list(net.parameters())
-    probe.begin(0, 1, net, parameters)
-    probe.begin(0, 1, net, parameters)
+    measured = MeasuredParameters(parameters)
+    probe.begin(0, 1, net, measured)
+    probe.begin(0, 1, net, measured)
     assert [len(p._backward_hooks) for p in parameters] == [1] * 4
-    probe.begin(1, 1, net, parameters[:2])
+    probe.begin(1, 1, net, MeasuredParameters(parameters[:2]))
     assert [len(p._backward_hooks) for p in parameters] == [1, 1, 0, 0]
     probe.detach()
     assert [len(p._backward_hooks) for p in parameters] == [0] * 4
@@ -206,7 +209,7 @@ def test_sparse_gradients_are_refused_in_a_sentence():
         return nn.functional.embedding(torch.tensor([1, 2]), model.weight, sparse=True).sum()
 
     probe = MicroBatchProbe()
-    probe.begin(0, 1, model, [model.weight])
+    probe.begin(0, 1, model, MeasuredParameters([model.weight]))
     probe.before_backward()
     with pytest.raises(ValueError, match=r"sparse_coo gradient of a parameter of shape \(6, 5\); look it up with"):
         loss(None).backward()

@@ -128,7 +128,7 @@ def test_other_precisions(precision):
 def test_the_last_batch_of_one_example_is_left_out():
     callback = measure(DigitsMLP(), loader(digits(33), drop_last=False), steps=8)
     assert callback.estimate().num_measurements == 4
-    assert callback._metric.rejected[Rejection.SINGLE_SAMPLE] == 4
+    assert callback._measurements[0].metric.rejected[Rejection.SINGLE_SAMPLE] == 4
     assert callback.estimate().batch_size == 32
 
 

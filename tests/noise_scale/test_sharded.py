@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from frozen_digits import DigitsMLP, digits, per_example_gradients, standard_errors, truth
+from frozen_digits import DigitsMLP, digits, per_example_gradients, standard_errors, textbook_pair, truth
+from gan import gan_samples
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import run_script
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.probes.fsdp_groups import ShardedGroup, sharded_data_parallel_size
 from lightning_wn.noise_scale.probes.sharded import ShardedProbe
 
@@ -133,6 +135,40 @@ def test_norms_are_exact_on_four_ranks(outcome):
     assert_exact(outcome, 4)
 
 
+@scenario("exact_groups")
+def test_norms_of_parts_and_groups_are_exact(outcome):
+    for said in outcome:
+        for name, result in said.items():
+            # float32 gradients beside a copy that adds in another order
+            tolerance = 1e-12 if name == "float64" else 1e-5
+            assert result["samples"] < tolerance, name
+            assert result["mean"] < tolerance, name
+            assert result["columns"] == [2, 3]
+            assert set(result["comms"]) == {TORCHS}
+
+
+@scenario("by_hand")
+def test_manual_optimization_measures_the_same(outcome):
+    assert outcome[0] == outcome[1]
+    automatic, manual = outcome[0]
+    assert automatic[0]["num_measurements"] == 5
+    for name in ("grad_sq_norm", "cov_trace", "noise_scale", "num_measurements"):
+        assert [said[name] for said in manual] == pytest.approx([said[name] for said in automatic], rel=1e-6)
+        assert automatic[0][name] == pytest.approx(automatic[1][name], rel=1e-6)
+    samples = torch.stack([per_example_gradients(DigitsMLP(), digits(320))[r::2, :2080] for r in (0, 1)], dim=1)
+    expected = [textbook_pair(samples[16 * i : 16 * (i + 1)].mean(0), [16, 16])[1] for i in range(5)]
+    assert automatic[2]["cov_trace"] == pytest.approx(sum(expected) / 5, rel=1e-4)
+
+
+@scenario("two_networks")
+def test_several_optimizers_have_an_estimate_each(outcome):
+    assert outcome[0] == outcome[1]
+    for name, estimate in zip(("generator", "discriminator"), outcome[0], strict=True):
+        expected = textbook_pair(gan_samples(name, [slice(0, 32, 2), slice(1, 32, 2)]), [16, 16])
+        assert (estimate["probe"], estimate["num_measurements"]) == ("sharded", 1)
+        assert estimate["cov_trace"] == pytest.approx(expected[1], rel=1e-4)
+
+
 @scenario("exact_hybrid", ranks="four")
 def test_norms_are_exact_with_late_replicas_and_other_groups(outcome):
     assert_exact(outcome, 4, (TORCHS, "ProcessGroupAllocReduceScatter"))
@@ -217,7 +253,7 @@ def test_tensor_parallel_layers_and_partial_meshes_are_refused(outcome):
 def test_a_model_without_fsdp_is_refused():
     model = DigitsMLP()
     with pytest.raises(ValueError, match="DigitsMLP has no FSDP2 module"):
-        ShardedProbe().begin(0, 1, model, list(model.parameters()))
+        ShardedProbe().begin(0, 1, model, MeasuredParameters(list(model.parameters())))
     with pytest.raises(ValueError, match="the strategy is SingleDeviceStrategy"):
         sharded_data_parallel_size(SingleDeviceStrategy("cpu"))
 

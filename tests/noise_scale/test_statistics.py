@@ -147,7 +147,7 @@ class TestFieller:
         for i in range(seen):
             moments = moments.updated(1.0 + 0.01 * i, 50.0 + i, 1.0)
         estimate = NoiseScaleEstimate.from_moments(
-            moments, batch_size=32, num_measurements=seen, coverage=1.0, unit="examples", probe="", confidence=0.95
+            moments, batch_size=32, coverage=1.0, unit="examples", probe="", confidence=0.95
         )
         assert (estimate.lower, estimate.upper) == (0.0, math.inf)
         assert math.isnan(estimate.noise_scale) == (seen == 0)
@@ -235,6 +235,6 @@ def test_an_infinite_noise_scale_has_no_finite_upper_end():
         moments = moments.updated(x, y, 1.0)
     assert math.isfinite(moments.interval(0.95)[1])
     estimate = NoiseScaleEstimate.from_moments(
-        moments, batch_size=32, num_measurements=4, coverage=1.0, unit="examples", probe="", confidence=0.95
+        moments, batch_size=32, coverage=1.0, unit="examples", probe="", confidence=0.95
     )
     assert (estimate.noise_scale, estimate.upper) == (math.inf, math.inf)

@@ -64,7 +64,8 @@ class ConsecutiveProbe:
         unchanged = measured is self._measured
         # beyond a cadence of one, pairs are separate
         starts_pair = every_n_steps > 1 and step % every_n_steps == 0
-        if starts_pair or step != self._step + 1 or not unchanged:
+        # the same step again is a step that starts over
+        if starts_pair or step - self._step not in (0, 1) or not unchanged:
             self._last = None
         self._ends_pair = every_n_steps > 1 and not starts_pair
         self._measured = measured

@@ -153,7 +153,8 @@ def require_sharded(model: nn.Module, groups: Sequence[ShardedGroup], parameters
         )
 
 
-def _require_optimized(model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]) -> None:
+def require_optimized(model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError where the optimizer lacks a trainable parameter of a group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimized = {id(parameter) for parameter in parameters}
     if without := {id(parameter) for group in groups for parameter in group.parameters} - optimized:
@@ -227,7 +228,7 @@ def require_shardable(trainer: Trainer, pl_module: LightningModule) -> list[Shar
     in_optimizers = [p for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
     trainable = [p for p in in_optimizers if p.requires_grad]
     require_sharded(pl_module, groups, trainable)
-    _require_optimized(pl_module, groups, trainable)
+    require_optimized(pl_module, groups, trainable)
     return groups
 
 

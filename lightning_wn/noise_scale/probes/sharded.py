@@ -83,7 +83,7 @@ class ShardedProbe:
             require_torchs_reduce_scatter(groups)
             self._measured, self._groups = measured, groups
             self._pieces = _pieces_of(groups, measured)
-            self._projections = _choose_projections(groups)
+            self._projections = _choose_projections(groups, {id(p) for p in measured.parameters})
             for index, group in enumerate(groups):
                 tap = _TappedReduceScatter(group.reduce_scatter, index, self._see_gradient)
                 self._taps.append(tap)
@@ -339,10 +339,12 @@ class _FlatProjection:
     each on the one rank that holds it, in the optimizer's gradient.
     """
 
-    def __init__(self, group: ShardedGroup, slot: int, generator: torch.Generator) -> None:
+    def __init__(self, group: ShardedGroup, measured: set[int], slot: int, generator: torch.Generator) -> None:
         self.slot = slot
         lengths = group.padded_shard_lengths
-        largest = max(range(len(lengths)), key=lengths.__getitem__)
+        # of another optimizer's parameters, gradients may be left from another step
+        own = [place for place, parameter in enumerate(group.parameters) if id(parameter) in measured]
+        largest = max(own, key=lengths.__getitem__)
         self.parameter = group.parameters[largest]
         self._flat_length = group.flat_length
         count = min(_ELEMENTS_PER_CHECKSUM, group.shard_size * lengths[largest])
@@ -375,16 +377,19 @@ def _project(picked: Tensor, signs: Tensor) -> Tensor:
     return torch.stack((terms.sum(), torch.linalg.vector_norm(terms)))
 
 
-def _choose_projections(groups: Sequence[ShardedGroup]) -> dict[int, _FlatProjection]:
+def _choose_projections(groups: Sequence[ShardedGroup], measured: set[int]) -> dict[int, _FlatProjection]:
     """Project the largest group and others spread over the model; the same elements on every rank."""
-    sizes = [sum(p.numel() for p in group.parameters) for group in groups]
-    trainable = [index for index, size in enumerate(sizes) if size]
-    if not trainable:
+    sizes = [sum(p.numel() for p in group.parameters if id(p) in measured) for group in groups]
+    places = [index for index, size in enumerate(sizes) if size]
+    if not places:
         return {}
-    chosen = (max(trainable, key=sizes.__getitem__), trainable[0], trainable[-1], trainable[len(trainable) // 2])
+    chosen = (max(places, key=sizes.__getitem__), places[0], places[-1], places[len(places) // 2])
     # a generator of its own: training must draw the same random numbers with and without the probe
     generator = torch.Generator().manual_seed(0)
-    return {index: _FlatProjection(groups[index], slot, generator) for slot, index in enumerate(dict.fromkeys(chosen))}
+    return {
+        index: _FlatProjection(groups[index], measured, slot, generator)
+        for slot, index in enumerate(dict.fromkeys(chosen))
+    }
 
 
 def _local_grad(parameter: nn.Parameter) -> Tensor | None:
