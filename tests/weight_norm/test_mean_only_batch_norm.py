@@ -1,6 +1,7 @@
 """Mean-only batch normalization: the layer, its place behind weight-normalized layers, and folding."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from weight_norm_models import Regression, fit, normalized, quiet_trainer
 
 from lightning_wn import GradientNoiseScaleCallback
+from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.weight_norm import (
     MeanOnlyBatchNorm,
     WeightNormCallback,
@@ -323,6 +325,17 @@ def test_it_lives_with_the_noise_scale():
     fit(model, WeightNormCallback(mean_only_batch_norm=True), noise_scale, max_epochs=3)
     # no example has a gradient of its own
     assert noise_scale.estimate().probe == "consecutive"
+
+
+def test_ranks_whose_means_are_synchronized_are_no_independent_samples():
+    trainer = types.SimpleNamespace(world_size=2, accumulate_grad_batches=1, callbacks=[], strategy=None)
+    apart, together = WithMeans(), WithMeans()
+    with_means(apart)
+    with_means(together, synchronize=True)
+    probe = MicroBatchProbe()
+    probe.require_readable(trainer, apart, wrapped=False)
+    with pytest.raises(ValueError, match=r"synchronized means in 'net\.0\.mean_only_batch_norm' mix their examples"):
+        probe.require_readable(trainer, together, wrapped=False)
 
 
 def test_a_wrong_momentum_fails_when_the_callback_is_built():
