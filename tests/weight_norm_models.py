@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_wn.weight_norm.reparametrization import weight_norm_of
+from lightning_wn.weight_norm.chains import weight_norm_of
 
 
 class Regression(pl.LightningModule):

@@ -1,11 +1,13 @@
 """The g and v that travel beside the plain weights of a checkpoint, so that resuming is exact.
 
+So do bias and running mean of mean-only batch normalization, of which the bias in the file is the difference.
 A checkpoint's ``state_dict`` is the truth; g and v are used where they are those of its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +15,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_wn.weight_norm.cache import forget
-from lightning_wn.weight_norm.chains import g_and_v, is_sharded, weight_norm_chains, weight_norm_in
+from lightning_wn.weight_norm.chains import g_and_v, is_sharded, weight_norm_chains, weight_norm_in, weight_norm_of
+from lightning_wn.weight_norm.mean_only_batch_norm import folded_bias, mean_only_of
+from lightning_wn.weight_norm.wording import some
 
 KEY = "weight_norm"
 """Where a checkpoint has them: a dict of copies of the model, each a dict of tensors by name."""
@@ -41,53 +46,92 @@ def model_copies(model: nn.Module, callbacks: Iterable[Callback]) -> dict[str, n
 
 def named_chains(module: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
     """Yield every weight that is computed here, by its name in the model; not those that are sharded."""
+    for prefix, layer in _named_layers(module):
+        for name, chain in weight_norm_chains(layer).items():
+            if not is_sharded(chain):
+                yield f"{prefix}{name}", chain
+
+
+def _named_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each normalized layer once, with the prefix of what is in it."""
     seen = set()
     for prefix, layer in module.named_modules(remove_duplicate=False):
-        if prefix.endswith("parametrizations") or id(layer) in seen:
+        if prefix.endswith("parametrizations") or id(layer) in seen or not weight_norm_chains(layer):
             continue
-        for name, chain in weight_norm_chains(layer).items():
-            seen.add(id(layer))
-            if not is_sharded(chain):
-                # an averaged model holds the model as `module`
-                yield f"{prefix}.{name}".removeprefix("module.").removeprefix("."), chain
+        seen.add(id(layer))
+        # an averaged model holds the model as `module`
+        yield f"{prefix}.".removeprefix("module.").removeprefix("."), layer
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Two tensors of a model of which a file may hold one: g and v, or a bias and a running mean.
+
+    Attributes:
+        first: g, or the bias.
+        second: v, or the mean.
+        join: Computes what the file holds.
+        saved_as_one: Whether it holds that, and not the two.
+        kind: What they are called.
+    """
+
+    first: Tensor
+    second: Tensor
+    join: Callable[[Tensor, Tensor], Tensor]
+    saved_as_one: bool
+    kind: str
+
+
+def _named_pairs(module: nn.Module) -> Iterator[tuple[str, _Joined]]:
+    for name, chain in named_chains(module):
+        weight_norm = weight_norm_in(chain)
+        yield name, _Joined(*g_and_v(chain), weight_norm, weight_norm.saved_as_weight, "g and v")
+    for prefix, layer in _named_layers(module):
+        mean_only, weight_norm_of_layer = mean_only_of(layer), weight_norm_of(layer)
+        bias = layer._parameters.get("bias")
+        if mean_only is None or weight_norm_of_layer is None or bias is None or isinstance(bias, DTensor):
+            continue
+        as_one = weight_norm_of_layer.saved_as_weight
+        yield f"{prefix}bias", _Joined(bias, mean_only.running_mean, folded_bias, as_one, "b and running mean")
 
 
 def collect(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return g and v of the layers that save plain weights, by the name that the weight has in the model."""
+    """Return g and v of the layers that save plain weights, by the name that the weight has in the model.
+
+    Where a running mean is saved in the bias, the two are under the name of the bias.
+    """
     return {
-        name: (g.detach(), v.detach())
-        for name, chain in named_chains(module)
-        if weight_norm_in(chain).saved_as_weight
-        for g, v in [g_and_v(chain)]
+        name: (pair.first.detach(), pair.second.detach()) for name, pair in _named_pairs(module) if pair.saved_as_one
     }
 
 
 @torch.no_grad()
 def restore(module: nn.Module, candidates: Iterable[Parts]) -> list[str]:
-    """Give layers back the g and v that their present weights were saved with.
+    """Give layers back the g and v that their present weights were saved with, and biases theirs.
 
     Args:
         module: The model, with the weights of the checkpoint.
         candidates: What :func:`collect` returned, of this model first.
 
     Returns:
-        The names of weights that have g and v in the first of the candidates, but of another weight.
+        What is in the candidates, but of other weights than the model has, in words.
     """
     mismatches = []
     candidates = list(candidates)
-    for name, chain in named_chains(module):
-        weight_norm = weight_norm_in(chain)
-        target_g, target_v = g_and_v(chain)
-        now = weight_norm(target_g, target_v)
+    for name, pair in _named_pairs(module):
+        targets = pair.first, pair.second
+        now = pair.join(*targets)
         known = [parts[name] for parts in candidates if name in parts]
         for saved in known:
-            g, v = (part.to(target) for part, target in zip(saved, (target_g, target_v), strict=True))
-            if g.shape == target_g.shape and v.shape == target_v.shape and _same(weight_norm(g, v), now):
-                target_g.copy_(g)
-                target_v.copy_(v)
+            if [part.shape for part in saved] != [target.shape for target in targets]:
+                continue
+            parts = [part.to(target) for part, target in zip(saved, targets, strict=True)]
+            if _same(pair.join(*parts), now):
+                for target, part in zip(targets, parts, strict=True):
+                    target.copy_(part)
                 break
         else:
-            mismatches += [name] if known else []
+            mismatches += [f"{pair.kind} of {name}"] if known else []
     for layer in module.modules():
         forget(layer)
     return mismatches
@@ -133,9 +177,8 @@ class ExactResume:
             mismatches = restore(copy, [self._loaded.get(label, {}), *others])
             if last and label == "model" and mismatches:
                 rank_zero_warn(
-                    f"The checkpoint holds g and v of {', '.join(mismatches[:3])} that are not those of its weights, "
-                    "as if these had been edited. The weights were loaded, with a new g and v: the optimizer's "
-                    "state for them is of others."
+                    f"The checkpoint holds {some(mismatches)} that are not those of its weights, as if these had been "
+                    "edited. The weights were loaded, with a new g and v: the optimizer's state for them is of others."
                 )
         if last:
             self.forget()

@@ -103,3 +103,14 @@ def forget(module: nn.Module) -> None:
     """Drop what is kept of a layer, because its g and v change."""
     if (slot := _slots.get(id(module))) is not None:
         slot.weights.clear()
+
+
+@contextmanager
+def set_aside(module: nn.Module) -> Iterator[None]:
+    """Keep no weights of a layer inside this block, which computes with other g and v; those kept before stay."""
+    slot = _slots.pop(id(module), None)
+    try:
+        yield
+    finally:
+        if slot is not None:
+            _slots[id(module)] = slot

@@ -21,8 +21,17 @@ from lightning_wn.weight_norm.chains import is_sharded, weight_norm_chains
 from lightning_wn.weight_norm.checkpoint import fold_on_load
 from lightning_wn.weight_norm.checks import check_optimizer_state, check_state_dict
 from lightning_wn.weight_norm.evaluation import EvaluationScope, is_last_batch
+from lightning_wn.weight_norm.first_batch import FirstBatch, check_init
+from lightning_wn.weight_norm.mean_only_batch_norm import (
+    attach,
+    check_momentum,
+    fold_mean,
+    refuse_missing_mean_only,
+    refuse_without_bias,
+    without_mean_only,
+)
 from lightning_wn.weight_norm.optimizers import check_optimizers
-from lightning_wn.weight_norm.reparametrization import fold, has_plain_weight, rewrite
+from lightning_wn.weight_norm.reparametrization import Dim, check_dim, fold, plain_tensors, rewrite
 from lightning_wn.weight_norm.selection import NamedLayer, Selection, select
 from lightning_wn.weight_norm.signals import SignalLog
 from lightning_wn.weight_norm.state import save_as_weights
@@ -56,6 +65,16 @@ class WeightNormCallback(Callback):
       was replaced.
     - Put it before ``WeightAveraging`` and ``StochasticWeightAveraging``, which copy the model. They average
       g and v, each by itself.
+    - With ``init="data"`` the first training batch sets g and b so that each unit's pre-activation has mean 0
+      and variance 1, layer after layer: see
+      :class:`~lightning_wn.weight_norm.initialization.DataDependentInitialization`. That batch is the first
+      micro-batch of gradient accumulation, of all ranks together. No extra forward pass is run, and nothing is
+      set when ``fit`` resumes from a checkpoint or goes on with a model that was set before. A layer that the
+      batch does not reach keeps g and b, with a warning. ``LearningRateFinder`` and ``BatchSizeFinder`` run
+      before it, with the model as it was.
+    - ``mean_only_batch_norm=True`` puts a :class:`~lightning_wn.weight_norm.MeanOnlyBatchNorm` behind each
+      Linear and convolution: see :func:`~lightning_wn.weight_norm.add_mean_only_batch_norm`. To spare some
+      layers, such as the last, give them a callback of their own.
     - Single-device and DDP strategies are supported, and FSDP2 if ``configure_model`` calls
       ``apply_weight_norm(self)`` before ``fully_shard``. FSDP1 and DeepSpeed are refused.
 
@@ -63,6 +82,12 @@ class WeightNormCallback(Callback):
         modules: What to normalize. None means Linear, Conv1-3d and ConvTranspose1-3d; else a type, a glob on
             qualified names, a predicate ``(name, module) -> bool``, or a list of these.
         exclude: What to leave alone, said in the same ways.
+        init: "keep" leaves the function that the model computes as it is; "data" sets g and b from the first
+            training batch.
+        dim: "output" gives each output unit a length of its own; None gives each weight one.
+        mean_only_batch_norm: Whether layers subtract the mean of their outputs over the batch.
+        mean_only_momentum: How far its running means move towards the mean of each batch, in (0, 1].
+        mean_only_synchronize: Whether it takes means over the batches of all ranks, and not of each rank.
         checkpoint: What ``state_dict`` holds, of the model and in checkpoints: "folded", plain weights, or
             "parametrized", g and v in the spelling of torch's parametrizations. Sharded models need the
             latter.
@@ -76,7 +101,7 @@ class WeightNormCallback(Callback):
 
     Raises:
         TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
-        ValueError: If ``checkpoint`` or ``log_signals`` is none of what is allowed.
+        ValueError: If another argument is not one of what is allowed.
 
     Example::
 
@@ -102,6 +127,11 @@ class WeightNormCallback(Callback):
         modules: Sequence[ModuleSelector] | ModuleSelector | None = None,
         *,
         exclude: Sequence[ModuleSelector] | ModuleSelector = (),
+        init: Literal["keep", "data"] = "keep",
+        dim: Dim = "output",
+        mean_only_batch_norm: bool = False,
+        mean_only_momentum: float = 0.1,
+        mean_only_synchronize: bool = False,
         checkpoint: Literal["folded", "parametrized"] = "folded",
         fold_on_fit_end: bool = False,
         cache_evaluation: bool = True,
@@ -110,14 +140,25 @@ class WeightNormCallback(Callback):
         if modules is not None:
             as_selectors("modules", modules)
         as_selectors("exclude", exclude)
+        check_init(init, dim)
+        check_dim(dim)
+        check_momentum("mean_only_momentum", mean_only_momentum)
         if checkpoint not in ("folded", "parametrized"):
             raise ValueError(f'`checkpoint` must be "folded" or "parametrized", got {checkpoint!r}.')
         if log_signals not in (True, False, "layers"):
             raise ValueError(f'`log_signals` must be True, False or "layers", got {log_signals!r}.')
         self.modules: ModuleSelection | None = modules
         self.exclude: ModuleSelection = exclude
+        self.init: Literal["keep", "data"] = init
+        self.dim: Dim = dim
+        self.mean_only_batch_norm = mean_only_batch_norm
+        self.mean_only_momentum = mean_only_momentum
+        self.mean_only_synchronize = mean_only_synchronize
+        # only while a fit waits for its first batch
+        self._first_batch: FirstBatch | None = None
         # names, and not modules: the callback has to be picklable for spawned processes
         self._rewritten: list[str] = []
+        self._centered: list[str] = []
         self._load_hooks: list[RemovableHandle] = []
         self.checkpoint = checkpoint
         self.fold_on_fit_end = fold_on_fit_end
@@ -141,21 +182,25 @@ class WeightNormCallback(Callback):
             return
         self._refuse_sharded_form(pl_module)
         # what matches nothing may still match a layer that `LightningModule.setup` builds: see `on_fit_start`
-        if _plain(selection):
+        if _plain(selection) or (self.mean_only_batch_norm and without_mean_only(selection.layers)):
             self._refuse_copied_model(trainer)
-        self._rewritten = rewrite(pl_module, selection.layers)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        for copy in model_copies(pl_module, callbacks).values():
+        self._rewritten = rewrite(pl_module, selection.layers, self.dim)
+        if self._rewritten:
+            rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
+        if self.mean_only_batch_norm:
+            self._add_means(trainer, selection)
+        for copy in model_copies(pl_module, _callbacks_of(trainer)).values():
             save_as_weights(copy.modules(), self.checkpoint == "folded")
         if self._signals is not None:
             self._signals.start(pl_module)
-        if self._rewritten:
-            rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every selected layer is normalized and in the hands of an optimizer."""
         self._check(trainer, pl_module)
         self._resume.restore(trainer, pl_module)
+        self._first_batch = None
+        if self.init == "data":
+            self._first_batch = FirstBatch.of(trainer, self._select(pl_module).layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check again, after the ``on_fit_start`` hooks of the model and of other callbacks."""
@@ -164,16 +209,31 @@ class WeightNormCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to train, with the g and v of a checkpoint that was loaded meanwhile."""
+        """Begin to train, with the g and v of a checkpoint that was loaded meanwhile, or with those of this batch."""
         self._scope.end()
         self._resume.restore(trainer, pl_module, last=True)
+        if self._first_batch is not None:
+            self._first_batch.start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the learning signals at log steps."""
+        """Say what the first batch initialized; log the learning signals at log steps."""
+        if self._first_batch is not None:
+            self._first_batch.end()
+            self._first_batch = None
         if self._signals is not None:
             self._signals.log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not wait on inside validation for a batch that was skipped."""
+        if self._first_batch is not None:
+            self._first_batch.pause()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Complain if no batch came to initialize from."""
+        if self._first_batch is not None:
+            self._first_batch.refuse_empty_fit(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -226,6 +286,9 @@ class WeightNormCallback(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Clean up: ``teardown`` is not called after an exception."""
+        if self._first_batch is not None:
+            self._first_batch.cancel()
+            self._first_batch = None
         self._clean_up()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -236,8 +299,10 @@ class WeightNormCallback(Callback):
         elif stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             # only what was rewritten here is plain at home; the rest goes there as g and v, which is exact
             fold(NamedLayer((name,), pl_module.get_submodule(name)) for name in self._rewritten)
+            for name in self._centered:
+                fold_mean(pl_module.get_submodule(name))
             save_as_weights(pl_module.modules(), False)
-        self._rewritten = []
+        self._rewritten, self._centered = [], []
 
     def _begin(self, pl_module: pl.LightningModule) -> None:
         if self.cache_evaluation:
@@ -252,15 +317,39 @@ class WeightNormCallback(Callback):
         self._resume.forget()
         self._remove_load_hooks()
 
+    def _add_means(self, trainer: pl.Trainer, selection: Selection) -> None:
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            where = f"come home from the processes of {type(trainer.strategy).__name__}"
+            refuse_without_bias(selection.layers, where, 'use `strategy="ddp"`')
+        elif self.checkpoint == "folded":
+            refuse_without_bias(selection.layers, "be saved", 'pass `checkpoint="parametrized"`')
+        for callback in _callbacks_of(trainer):
+            if _is_lightnings(callback, ("StochasticWeightAveraging",)):
+                raise ValueError(
+                    f"`mean_only_batch_norm=True` does not work with {type(callback).__name__}, which averages weights "
+                    "and leaves running means those of the last weights: use `WeightAveraging`, which averages both."
+                )
+        self._centered = attach(
+            selection.layers, momentum=self.mean_only_momentum, synchronize=self.mean_only_synchronize
+        )
+
     def _refuse_sharded_form(self, pl_module: pl.LightningModule) -> None:
         chains = [chain for layer in pl_module.modules() for chain in weight_norm_chains(layer).values()]
-        if any(map(is_sharded, chains)) and (self.checkpoint == "folded" or self.fold_on_fit_end):
+        if not any(map(is_sharded, chains)):
+            return
+        if self.checkpoint == "folded" or self.fold_on_fit_end:
             argument = "fold_on_fit_end=True" if self.fold_on_fit_end else 'checkpoint="folded"'
             raise ValueError(
                 f"`{argument}` does not work with sharded parameters, whose plain weights no rank has: pass "
                 '`checkpoint="parametrized"` and `fold_on_fit_end=False`; in a process of its own, the whole '
                 "checkpoint can be loaded and folded (`apply_weight_norm`, `load_state_dict`, "
                 "`fold_weight_norm`)."
+            )
+        if self.init == "data":
+            raise ValueError(
+                '`init="data"` does not work with sharded parameters, of which a forward pass has only copies: pass '
+                '`init="keep"`, and in `configure_model`, before `fully_shard`, run a batch through the model inside '
+                "`DataDependentInitialization`."
             )
 
     def _select(self, pl_module: pl.LightningModule) -> Selection:
@@ -281,13 +370,13 @@ class WeightNormCallback(Callback):
                 "`__init__` or `configure_model`, or end `LightningModule.setup` with "
                 "`apply_weight_norm(self)`, or exclude them."
             )
+        if self.mean_only_batch_norm:
+            refuse_missing_mean_only(selection.layers)
         check_optimizers(trainer.optimizers, selection.layers)
 
     def _refuse_copied_model(self, trainer: pl.Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        for callback in takewhile(lambda other: other is not self, callbacks):
-            bases = [cls for cls in type(callback).__mro__ if cls.__module__.startswith("lightning.")]
-            if any(cls.__name__ in _COPIES_MODEL for cls in bases):
+        for callback in takewhile(lambda other: other is not self, _callbacks_of(trainer)):
+            if _is_lightnings(callback, _COPIES_MODEL):
                 raise ValueError(
                     f"{type(callback).__name__} is listed before {type(self).__name__} and has copied "
                     f"the plain model already, so that its averages would be of other parameters: list "
@@ -301,7 +390,18 @@ class WeightNormCallback(Callback):
 
 
 def _plain(selection: Selection) -> list[NamedLayer]:
-    return [layer for layer in selection.layers if has_plain_weight(layer.module)]
+    return [layer for layer in selection.layers if plain_tensors(layer.module)]
+
+
+def _callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+    return callbacks
+
+
+def _is_lightnings(callback: Callback, names: Sequence[str]) -> bool:
+    """Tell whether this is a callback of Lightning that has one of these names, or comes of one."""
+    bases = [cls for cls in type(callback).__mro__ if cls.__module__.startswith("lightning.")]
+    return any(cls.__name__ in names for cls in bases)
 
 
 def _refuse_sharding(trainer: pl.Trainer) -> None:

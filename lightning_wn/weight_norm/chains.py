@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_wn.weight_norm.parametrization import WeightNorm
+
+MARK = "_weight_norm_names"
+"""Where the class of a normalized module has the names of the tensors that it computes."""
 
 
 def weight_norm_chains(module: nn.Module) -> dict[str, ParametrizationList]:
@@ -36,6 +42,12 @@ def chains_of(module: nn.Module, kind: type[nn.Module]) -> dict[str, Parametriza
     }
 
 
+def weight_norm_of(module: nn.Module, name: str = "weight") -> WeightNorm | None:
+    """Return the parametrization through which this package computes a tensor of the module, if it does."""
+    chain = weight_norm_chains(module).get(name)
+    return None if chain is None else weight_norm_in(chain)
+
+
 def weight_norm_in(chain: ParametrizationList) -> WeightNorm:
     """Return the first parametrization of a chain of :func:`weight_norm_chains`."""
     first = chain[0]
@@ -54,3 +66,30 @@ def g_and_v(chain: ParametrizationList) -> tuple[Tensor, Tensor]:
 def is_sharded(chain: ParametrizationList) -> bool:
     """Tell whether g and v are spread over ranks, as by FSDP2 outside of the forward pass."""
     return any(isinstance(tensor, DTensor) for tensor in g_and_v(chain))
+
+
+def plain_class(module: nn.Module) -> Any:
+    """Return the class of a normalized module without its normalization; FSDP2 puts another on top of both.
+
+    Args:
+        module: A module whose class :func:`~lightning_wn.weight_norm.computed.compute_through_class` made.
+    """
+    return next(cls for cls in type(module).__mro__ if MARK in vars(cls)).__bases__[0]
+
+
+def plain_order(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's own parameters in the order that they have while it is plain."""
+    chains = weight_norm_chains(module).values()
+    return next((weight_norm_in(chain).order for chain in chains), tuple(module._parameters))
+
+
+def in_order(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort a normalized module's tensors by name, as they are in the plain module."""
+    return {name: tensors[name] for name in (*plain_order(module), *tensors) if name in tensors}
+
+
+def set_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Let a module have these Parameters, in this order."""
+    parameters = dict(parameters)
+    module._parameters.clear()
+    module._parameters.update(parameters)

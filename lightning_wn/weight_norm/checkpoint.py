@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wn.weight_norm.reparametrization import has_plain_weight
+from lightning_wn.weight_norm.layers import rule_for
+from lightning_wn.weight_norm.mean_only_batch_norm import fold_mean_of_state
+from lightning_wn.weight_norm.reparametrization import has_plain_weight, plain_weight
 from lightning_wn.weight_norm.selection import NamedLayer
 from lightning_wn.weight_norm.spellings import find_weight
 
@@ -37,11 +39,14 @@ def fold_on_load(layers: Iterable[NamedLayer]) -> list[RemovableHandle]:
 
 
 def _fold_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    stored = find_weight(state_dict, prefix, "weight")
-    if stored is None or len(stored.values) == 1 or not has_plain_weight(module):
-        return
-    if stored.shape == module.weight.shape:
-        weight = stored.weight()
-        for key in stored.keys:
-            del state_dict[key]
-        state_dict[f"{prefix}weight"] = weight
+    rule = rule_for(module)
+    for name in rule.tensors(module) if rule is not None else ():
+        stored = find_weight(state_dict, prefix, name)
+        if stored is None or len(stored.values) == 1 or not has_plain_weight(module, name):
+            continue
+        if stored.shape == plain_weight(module, name).shape:
+            weight = stored.weight()
+            for key in stored.keys:
+                del state_dict[key]
+            state_dict[f"{prefix}{name}"] = weight
+    fold_mean_of_state(module, state_dict, prefix)

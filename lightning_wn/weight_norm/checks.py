@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_wn.weight_norm.beside import KEY, named_chains
 from lightning_wn.weight_norm.chains import g_and_v
 from lightning_wn.weight_norm.spellings import find_weight
+from lightning_wn.weight_norm.wording import some
 
 
 def check_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
@@ -72,13 +73,3 @@ def check_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
             "The checkpoint's optimizer was built for a model that is normalized over other dimensions: g of "
             f"{some(others)}. Normalize as it was, or, {fix}"
         )
-
-
-def some(names: list[str]) -> str:
-    """Write out the first names of a list, for error messages.
-
-    Example:
-        >>> some(["a", "b", "c", "d", "e", "f"])
-        'a, b, c, d and 2 more'
-    """
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

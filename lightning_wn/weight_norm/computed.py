@@ -11,8 +11,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_wn.weight_norm.cache import forget, kept
-from lightning_wn.weight_norm.chains import g_and_v, is_sharded, weight_norm_chains, weight_norm_in
+from lightning_wn.weight_norm.chains import (
+    MARK,
+    g_and_v,
+    in_order,
+    is_sharded,
+    plain_class,
+    set_parameters,
+    weight_norm_chains,
+    weight_norm_in,
+)
 from lightning_wn.weight_norm.parametrization import decompose
+from lightning_wn.weight_norm.recurrent import follow_in_class
 
 # while a module initializes itself: what it writes to, by the module's id and the tensor's name
 _being_initialized: dict[int, dict[str, Tensor]] = {}
@@ -38,18 +48,13 @@ def compute_through_class(module: nn.Module, name: str) -> None:
 
 
 def _equip(cls: Any, name: str) -> None:
-    cls._weight_norm_names = (*vars(cls).get("_weight_norm_names", ()), name)
+    setattr(cls, MARK, (*vars(cls).get(MARK, ()), name))
     cls.__jit_unused_properties__ = [*getattr(cls, "__jit_unused_properties__", ()), name]
     cls.__reduce_ex__ = _reduce
     cls._apply = _apply
     setattr(cls, name, _computed(name))
     if hasattr(cls, "reset_parameters"):
         cls.reset_parameters = _reset_parameters
-
-
-def _plain_class(module: nn.Module) -> Any:
-    """Return the class below the one of :func:`_equip`; FSDP2 puts another on top of that."""
-    return next(cls for cls in type(module).__mro__ if "_weight_norm_names" in vars(cls)).__bases__[0]
 
 
 def store(chain: ParametrizationList, weight: Tensor) -> None:
@@ -80,11 +85,11 @@ def _computed(name: str) -> property:
         weights = None if compiling else kept(module)
         if weights is not None and (weight := weights.get(name)) is not None:
             return weight
+        if not compiling and _being_initialized and id(module) in _being_initialized:
+            return _being_initialized[id(module)][name]
         chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         if compiling:
             return cast(Tensor, chain())
-        if _being_initialized and id(module) in _being_initialized:
-            return _being_initialized[id(module)][name]
         weight = _compute(chain)
         if weights is not None:
             weights[name] = weight
@@ -109,20 +114,32 @@ def _compute(chain: Any) -> Tensor:
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Convert type or device, as ``nn.Module._apply`` does."""
     forget(self)
-    return cast(nn.Module, _plain_class(self)._apply(self, fn, recurse))
+    return cast(nn.Module, plain_class(self)._apply(self, fn, recurse))
 
 
 def _reset_parameters(self: nn.Module) -> None:
-    """Let the plain class initialize a plain weight, and take g and v from that."""
+    """Let the plain class initialize plain weights, and take g and v from these."""
     forget(self)
     chains = weight_norm_chains(self)
-    with torch.no_grad():
-        weights = {name: torch.empty_like(g_and_v(chain)[1]) for name, chain in chains.items()}
+    weights: dict[str, Tensor] = {
+        name: nn.Parameter(torch.empty_like(g_and_v(chain)[1]), requires_grad=False) for name, chain in chains.items()
+    }
+    ordered = in_order(self, self._parameters | weights)
+    parametrizations: Any = self._modules["parametrizations"]
+    all_chains = dict(parametrizations._modules)
     _being_initialized[id(self)] = weights
     try:
-        _plain_class(self).reset_parameters(self)
+        # recurrent layers fill all that they find among their parameters, in their order
+        for name in chains:
+            del parametrizations._modules[name]
+        set_parameters(self, ordered)
+        plain_class(self).reset_parameters(self)
     finally:
         del _being_initialized[id(self)]
+        for name in chains:
+            self._parameters.pop(name, None)
+        parametrizations._modules.clear()
+        parametrizations._modules.update(all_chains)
     for name, chain in chains.items():
         if not weights[name].is_meta:
             store(chain, weights[name])
@@ -136,7 +153,7 @@ def _done_by_owner() -> None:
 
 def _reduce(self: nn.Module, protocol: object) -> Any:
     """Pickle as the plain class and a state; torch refuses, because its class exists in this process only."""
-    plain = _plain_class(self)
+    plain = plain_class(self)
     chains = weight_norm_chains(self)
     others = sorted(set(cast(Any, self.parametrizations)) - set(chains))
     if others:
@@ -154,4 +171,6 @@ def _rebuild(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     cls: type[nn.Module] = type(f"Parametrized{plain.__name__}", (plain,), {})
     for name in names:
         _equip(cls, name)
+    if issubclass(plain, nn.RNNBase):
+        follow_in_class(cls)
     return nn.Module.__new__(cls)

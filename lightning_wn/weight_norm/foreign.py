@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_wn.weight_norm.chains import chains_of
+from lightning_wn.weight_norm.chains import chains_of, set_parameters
 
 
 def torch_chains(module: nn.Module) -> dict[str, ParametrizationList]:
@@ -69,8 +69,7 @@ def remove_legacy(module: nn.Module, hook: Any, weight: nn.Parameter) -> None:
 
 
 def put_first(module: nn.Module, name: str) -> None:
-    """Put a parameter before the others of its module, where the plain module has its weight."""
-    weight = module._parameters.pop(name)
-    others = dict(module._parameters)
-    module._parameters.clear()
-    module._parameters.update({name: weight} | others)
+    """Put a parameter where the plain module has it: before the others, or among those of a recurrent layer."""
+    first = module._flat_weights_names if isinstance(module, nn.RNNBase) else [name]
+    parameters = module._parameters
+    set_parameters(module, {name: parameters[name] for name in (*first, *parameters) if name in parameters})

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_wn.weight_norm.parametrization import UnitLayout
+from lightning_wn.weight_norm.recurrent import follow_weights, restore_weights
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,20 @@ class LayerRule:
     """What weight normalization has to know of one type of layer.
 
     Attributes:
-        layout: Where the output units lie in the weight of a module of this type.
+        layout: Where the output units lie in each weight of a module of this type.
         refusal: Why this module cannot be normalized, and the fix; None where it can.
+        tensors: The names of its weights.
+        parts: Submodules whose weights belong to it: whoever selects the module selects them.
+        after_rewriting: What else has to change where weights are computed.
+        after_folding: How to undo that.
     """
 
     layout: Callable[[Any], UnitLayout]
     refusal: Callable[[Any], str | None] = lambda module: None
+    tensors: Callable[[Any], tuple[str, ...]] = lambda module: ("weight",)
+    parts: Callable[[Any], tuple[nn.Module, ...]] = lambda module: ()
+    after_rewriting: Callable[[Any], None] = lambda module: None
+    after_folding: Callable[[Any], None] = lambda module: None
 
 
 def _refuse_embedding(module: nn.Embedding) -> str | None:
@@ -38,6 +47,16 @@ def _refuse_embedding(module: nn.Embedding) -> str | None:
     return None
 
 
+def _recurrent_weights(module: nn.RNNBase) -> tuple[str, ...]:
+    """The weights of all layers and directions; each gate of each hidden number is a unit."""
+    return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))
+
+
+def _input_projections(module: nn.MultiheadAttention) -> tuple[str, ...]:
+    names = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return tuple(names)
+
+
 _FIRST_DIM = LayerRule(layout=lambda module: UnitLayout())
 _TRANSPOSED = LayerRule(layout=lambda module: UnitLayout(transposed=True, groups=module.groups))
 
@@ -49,6 +68,19 @@ RULES: dict[type[nn.Module], LayerRule] = {
     nn.ConvTranspose1d: _TRANSPOSED,
     nn.ConvTranspose2d: _TRANSPOSED,
     nn.ConvTranspose3d: _TRANSPOSED,
+    nn.Bilinear: _FIRST_DIM,
+    nn.RNNBase: LayerRule(
+        layout=lambda module: UnitLayout(),
+        tensors=_recurrent_weights,
+        after_rewriting=follow_weights,
+        after_folding=restore_weights,
+    ),
+    nn.RNNCellBase: LayerRule(layout=lambda module: UnitLayout(), tensors=lambda module: ("weight_ih", "weight_hh")),
+    nn.MultiheadAttention: LayerRule(
+        layout=lambda module: UnitLayout(),
+        tensors=_input_projections,
+        parts=lambda module: (module.out_proj,),
+    ),
     nn.Embedding: LayerRule(layout=lambda module: UnitLayout(), refusal=_refuse_embedding),
 }
 
@@ -69,7 +101,9 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     Example:
         >>> rule_for(nn.Linear(2, 3)) is RULES[nn.Linear]
         True
-        >>> rule_for(nn.LSTM(2, 3)) is None
+        >>> rule_for(nn.LSTM(2, 3)).tensors(nn.LSTM(2, 3))
+        ('weight_ih_l0', 'weight_hh_l0')
+        >>> rule_for(nn.EmbeddingBag(2, 3)) is None
         True
     """
     return next((RULES[cls] for cls in type(module).__mro__ if cls in RULES), None)
@@ -77,4 +111,5 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 
 def supported_names() -> str:
     """Name the supported types, for error messages."""
-    return ", ".join(cls.__name__ for cls in RULES)
+    families = {nn.RNNBase: "LSTM, GRU, RNN", nn.RNNCellBase: "their cells"}
+    return ", ".join(families.get(cls, cls.__name__) for cls in RULES)

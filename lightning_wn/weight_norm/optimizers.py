@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch.optim import Optimizer
 
-from lightning_wn.weight_norm.checks import some
-from lightning_wn.weight_norm.reparametrization import gain_and_direction, weight_norm_of
+from lightning_wn.weight_norm.chains import g_and_v, weight_norm_chains, weight_norm_in
 from lightning_wn.weight_norm.selection import NamedLayer
+from lightning_wn.weight_norm.wording import some
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[NamedLayer]) -> None:
@@ -42,17 +42,17 @@ def check_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[NamedLaye
         return
     stale, missing = [], []
     for layer in layers:
-        weight_norm = weight_norm_of(layer.module)
-        if weight_norm is None:
-            continue
-        replaced = weight_norm.replaced() if weight_norm.replaced is not None else None
-        if replaced is not None and id(replaced) in held:
-            stale.append(str(layer))
-        missing += [
-            f"{letter} of {layer}"
-            for letter, parameter in zip("gv", gain_and_direction(layer.module), strict=True)
-            if parameter.requires_grad and id(parameter) not in held
-        ]
+        for tensor, chain in weight_norm_chains(layer.module).items():
+            weight_norm = weight_norm_in(chain)
+            owner = str(layer) if tensor == "weight" else f"{tensor} of {layer}"
+            replaced = weight_norm.replaced() if weight_norm.replaced is not None else None
+            if replaced is not None and id(replaced) in held:
+                stale.append(owner)
+            missing += [
+                f"{letter} of {owner}"
+                for letter, parameter in zip("gv", g_and_v(chain), strict=True)
+                if parameter.requires_grad and id(parameter) not in held
+            ]
     if stale:
         raise ValueError(
             f"An optimizer holds the plain weight of {some(stale)}, which weight normalization has "

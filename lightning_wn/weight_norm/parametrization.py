@@ -26,18 +26,30 @@ class UnitLayout:
             transposed convolutions, whose weight has the shape (in, out / groups, ...).
         groups: The groups of a transposed convolution. Output unit ``k * (out / groups) + j`` is made of the
             entries ``[i, j]`` of the input channels ``i`` of group ``k``.
+        per_tensor: Whether the whole weight is one unit.
     """
 
     transposed: bool = False
     groups: int = 1
+    per_tensor: bool = False
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether units are the rows of the weight, and g has one number for each."""
+        return not (self.transposed or self.per_tensor)
 
     @property
     def leading(self) -> int:
         """The number of leading dimensions that index units in :meth:`by_unit`."""
-        return 2 if self.transposed else 1
+        return 2 if self.transposed and not self.per_tensor else 1
 
     def by_unit(self, weight: Tensor) -> Tensor:
-        """View a weight with its units in front: (out, ...) or (groups, out / groups, in / groups, ...)."""
+        """View a weight with its units in front.
+
+        That is (out, ...), or (groups, out / groups, in / groups, ...), or (1, ...) per tensor.
+        """
+        if self.per_tensor:
+            return weight.unsqueeze(0)
         return self._grouped(weight) if self.transposed else weight
 
     def _grouped(self, weight: Tensor) -> Tensor:
@@ -46,14 +58,18 @@ class UnitLayout:
 
     def from_units(self, rows: Tensor) -> Tensor:
         """Undo :meth:`by_unit`."""
+        if self.per_tensor:
+            return rows.squeeze(0)
         return rows.movedim(1, 2).flatten(0, 1) if self.transposed else rows
 
     def gain(self, per_unit: Tensor) -> Tensor:
         """Reshape one number per unit, as reduced from :meth:`by_unit`, to the shape in which g is stored.
 
         That is the rank of the weight, with all output units on the output dimension and 1 elsewhere:
-        (out, 1, ...) or (1, out, 1, ...), in the order of the layer's output channels.
+        (out, 1, ...) or (1, out, 1, ...), in the order of the layer's output channels. Per tensor it is a scalar.
         """
+        if self.per_tensor:
+            return per_unit.reshape(())
         return per_unit.reshape(1, -1, *per_unit.shape[3:]) if self.transposed else per_unit
 
 
@@ -88,7 +104,7 @@ def compose(g: Tensor, v: Tensor, layout: UnitLayout) -> Tensor:
         >>> compose(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]), UnitLayout())
         tensor([[6., 8.]])
     """
-    if not layout.transposed and (fused := fused_weight(g, v)) is not None:
+    if layout.in_rows and (fused := fused_weight(g, v)) is not None:
         return fused
     norm = unit_norm(v, layout)
     ratio = g.reshape(norm.shape).to(norm.dtype) / norm.masked_fill(norm == 0, 1.0)
@@ -169,7 +185,7 @@ def decompose(weight: Tensor, layout: UnitLayout) -> tuple[Tensor, Tensor]:
 def _norm_in_compose(v: Tensor, layout: UnitLayout) -> Tensor:
     """Return the norm by which :func:`compose` divides, bit for bit."""
     norm = unit_norm(v, layout)
-    return norm if layout.transposed else fused_norm(v, norm)
+    return fused_norm(v, norm) if layout.in_rows else norm
 
 
 def _directions(units: Tensor) -> Tensor:
@@ -220,6 +236,10 @@ class WeightNorm(nn.Module):
         self.replaced: weakref.ref[nn.Parameter] | None = None
         # whether `state_dict()` of the layer holds the plain weight in place of g and v
         self.saved_as_weight = False
+        # data-dependent initialization happens once
+        self.saw_first_batch = False
+        # the names of the module's parameters, so that folding can put the weight back in its place
+        self.order: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process."""
@@ -236,4 +256,6 @@ class WeightNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the layout where it is not the plain one."""
+        if self.layout.per_tensor:
+            return "per_tensor=True"
         return f"transposed=True, groups={self.layout.groups}" if self.layout.transposed else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from lightning_wn.module_selectors import ModuleSelection
 from lightning_wn.weight_norm.cache import forget
-from lightning_wn.weight_norm.chains import g_and_v, weight_norm_chains
+from lightning_wn.weight_norm.chains import g_and_v, plain_order, set_parameters, weight_norm_chains
 from lightning_wn.weight_norm.computed import compute_through_class
 from lightning_wn.weight_norm.foreign import (
     legacy_hooks,
@@ -27,16 +27,24 @@ from lightning_wn.weight_norm.foreign import (
     torch_chains,
 )
 from lightning_wn.weight_norm.layers import LayerRule, rule_for
+from lightning_wn.weight_norm.mean_only_batch_norm import fold_mean
 from lightning_wn.weight_norm.parametrization import UnitLayout, WeightNorm, decompose
 from lightning_wn.weight_norm.selection import NamedLayer, select
 from lightning_wn.weight_norm.sharing import check_sharing
 from lightning_wn.weight_norm.state import add_state_hooks, remove_state_hooks
 
+Dim: TypeAlias = Literal["output"] | None
+"""What has a norm of its own: each output unit, or each weight."""
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def apply_weight_norm(
-    module: nn.Module, modules: ModuleSelection | None = None, *, exclude: ModuleSelection = ()
+    module: nn.Module,
+    modules: ModuleSelection | None = None,
+    *,
+    exclude: ModuleSelection = (),
+    dim: Dim = "output",
 ) -> list[str]:
     """Reparametrize the weights of a model as w = g · v/‖v‖, in place (arXiv 1602.07868, section 2).
 
@@ -48,6 +56,11 @@ def apply_weight_norm(
     What is one unit: a row for Linear and Embedding, an output channel for convolutions and transposed
     convolutions, with groups too. g has the rank of the weight, with the units on the output dimension:
     (out, 1) for Linear, (out, 1, 1, 1) for Conv2d, (1, out, 1, 1) for ConvTranspose2d.
+
+    Other layers, named in ``modules``, have several weights: LSTM, GRU, RNN and their cells those of inputs,
+    hidden numbers and projections, of all layers and directions, with each gate of each hidden number for a
+    unit; MultiheadAttention the projections of queries, keys and values, and its ``out_proj``. Of a Bilinear,
+    each output is a unit. A lazy layer has to be built first, by running a batch through the model.
 
     A layer whose weight is already computed (parametrized by anyone, pruned, or under torch's older
     weight-norm and spectral-norm hooks) is left alone. A weight that several selected layers share stays
@@ -61,8 +74,9 @@ def apply_weight_norm(
             against whole qualified names ("decoder.*"; ``*`` matches dots too), a predicate
             ``(name, module) -> bool``, or a list of these: a layer is selected if any entry selects it.
             Modules without a matrix of their own, such as containers, activations and normalization layers,
-            are passed over; one that has a matrix and is not supported, such as an LSTM, is an error.
+            are passed over; one that has a matrix and is not supported, such as an EmbeddingBag, is an error.
         exclude: What to leave alone, said in the same ways.
+        dim: "output" gives each output unit a length of its own; None gives each weight one, a scalar g.
 
     Returns:
         The qualified names of the layers that were rewritten, in the order of the model. A second call finds
@@ -70,8 +84,8 @@ def apply_weight_norm(
 
     Raises:
         TypeError: If an entry of ``modules`` or ``exclude`` is of a wrong type.
-        ValueError: If an entry matches nothing, or a selected layer cannot be normalized. The model is then
-            as it was.
+        ValueError: If an entry matches nothing, a selected layer cannot be normalized, or ``dim`` is neither. The
+            model is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -87,7 +101,7 @@ def apply_weight_norm(
     selection = select(module, modules, exclude)
     if selection.misses:
         raise ValueError(" ".join(selection.misses))
-    return rewrite(module, selection.layers)
+    return rewrite(module, selection.layers, dim)
 
 
 def fold_weight_norm(module: nn.Module) -> list[str]:
@@ -124,41 +138,40 @@ def fold_weight_norm(module: nn.Module) -> list[str]:
     return fold(NamedLayer((name,), layer) for name, layer in module.named_modules())
 
 
-def weight_norm_of(module: nn.Module) -> WeightNorm | None:
-    """Return the parametrization through which this package computes the module's weight, if it does."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    first = _parametrizations(module)[0]
-    return first if isinstance(first, WeightNorm) else None
+def has_plain_weight(module: nn.Module, tensor: str = "weight") -> bool:
+    """Tell whether a weight of the module is a Parameter of its own, and not computed from others."""
+    return module._parameters.get(tensor) is not None
 
 
-def gain_and_direction(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the Parameters g and v of a weight-normalized module."""
-    parametrizations = _parametrizations(module)
-    g, v = parametrizations.original0, parametrizations.original1
-    assert isinstance(g, nn.Parameter)
-    assert isinstance(v, nn.Parameter)
-    return g, v
+def plain_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a supported module that are Parameters of their own."""
+    rule = rule_for(module)
+    return tuple(n for n in rule.tensors(module) if has_plain_weight(module, n)) if rule is not None else ()
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Tell whether the module's weight is a Parameter of its own, and not computed from others."""
-    return module._parameters.get("weight") is not None
-
-
-def plain_weight(module: nn.Module) -> nn.Parameter:
+def plain_weight(module: nn.Module, tensor: str = "weight") -> nn.Parameter:
     """Return the weight of a module that has a plain one: see :func:`has_plain_weight`."""
-    weight = module._parameters["weight"]
+    weight = module._parameters[tensor]
     assert weight is not None
     return weight
 
 
-def rewrite(root: nn.Module, layers: Iterable[NamedLayer]) -> list[str]:
+def check_dim(dim: Dim) -> None:
+    """Raise unless this says what has a norm of its own."""
+    if dim not in ("output", None):
+        raise ValueError(
+            f'`dim` got {dim!r}, but it must be "output", which gives each output unit a length of its own, or None, '
+            "which gives each weight one."
+        )
+
+
+def rewrite(root: nn.Module, layers: Iterable[NamedLayer], dim: Dim = "output") -> list[str]:
     """Reparametrize these layers of a model; those whose weight is already computed are left alone.
 
     Args:
         root: The model, in which other owners of the weights are looked for.
         layers: The layers, all of supported types.
+        dim: See :func:`apply_weight_norm`.
 
     Returns:
         The names of the layers that were rewritten.
@@ -166,25 +179,28 @@ def rewrite(root: nn.Module, layers: Iterable[NamedLayer]) -> list[str]:
     Raises:
         ValueError: If one of the layers cannot be rewritten. The model is then as it was.
     """
-    todo = [layer for layer in layers if has_plain_weight(layer.module)]
-    layouts = [_check_layer(layer) for layer in todo]
+    check_dim(dim)
+    todo = [(layer, tensor) for layer in layers for tensor in plain_tensors(layer.module)]
+    layouts = [_check_weight(layer, tensor, dim) for layer, tensor in todo]
     check_sharing(root, todo)
-    for layer, layout in zip(todo, layouts, strict=True):
-        _check_values(layer, layout)
+    for (layer, tensor), layout in zip(todo, layouts, strict=True):
+        _check_values(layer, tensor, layout)
 
-    shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    done: list[tuple[nn.Module, nn.Parameter]] = []
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    done: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for layer, layout in zip(todo, layouts, strict=True):
-            weight = plain_weight(layer.module)
-            done.append((layer.module, weight))
-            _install(layer.module, weight, layout, shared)
+        for (layer, tensor), layout in zip(todo, layouts, strict=True):
+            weight = plain_weight(layer.module, tensor)
+            done.append((layer.module, tensor, weight))
+            _install(layer.module, tensor, layout, shared)
+            _rule(layer.module).after_rewriting(layer.module)
     except BaseException:
-        for module, weight in done:
-            if not has_plain_weight(module):
-                _uninstall(module, weight)
+        for module, tensor, weight in reversed(done):
+            if not has_plain_weight(module, tensor):
+                _uninstall(module, tensor, weight)
+                _rule(module).after_folding(module)
         raise
-    return [layer.name for layer in todo]
+    return list(dict.fromkeys(layer.name for layer, _ in todo))
 
 
 def fold(layers: Iterable[NamedLayer]) -> list[str]:
@@ -195,7 +211,7 @@ def fold(layers: Iterable[NamedLayer]) -> list[str]:
             if reason := part.refusal():
                 raise ValueError(f"{layer} {reason}")
     weights: dict[tuple[int, ...], nn.Parameter] = {}
-    for _, parts in todo:
+    for layer, parts in todo:
         for part in parts:
             sources = part.sources()
             key = tuple(map(id, sources))
@@ -203,6 +219,7 @@ def fold(layers: Iterable[NamedLayer]) -> list[str]:
                 trainable = any(source.requires_grad for source in sources)
                 weights[key] = nn.Parameter(part.weight(), requires_grad=trainable)
             part.replace(weights[key])
+        fold_mean(layer.module)
     return [layer.name for layer, _ in todo]
 
 
@@ -247,7 +264,9 @@ class _Folding:
         if self.chain is None:
             remove_legacy(self.module, legacy_hooks(self.module)[self.name], weight)
             return
-        _uninstall(self.module, weight, self.name)
+        _uninstall(self.module, self.name, weight)
+        if (rule := rule_for(self.module)) is not None:
+            rule.after_folding(self.module)
         if not torch_chains(self.module):
             remove_compatibility_hook(self.module)
 
@@ -260,26 +279,43 @@ def _foldable(module: nn.Module) -> list[_Folding]:
     ]
 
 
-def _check_layer(layer: NamedLayer) -> UnitLayout:
-    module = layer.module
+def _rule(module: nn.Module) -> LayerRule:
     rule = rule_for(module)
-    assert isinstance(rule, LayerRule)  # `select` returns supported types only
-    reason = rule.refusal(module) or _weight_refusal(plain_weight(module)) or _meta_refusal(module)
+    assert rule is not None  # `select` returns supported types only
+    return rule
+
+
+def _check_weight(layer: NamedLayer, tensor: str, dim: Dim) -> UnitLayout:
+    module = layer.module
+    reason = _rule(module).refusal(module) or _tensor_refusal(module, tensor)
     if reason is not None:
         raise ValueError(f"{layer} cannot be weight-normalized: {reason}.")
-    return rule.layout(module)
+    return UnitLayout(per_tensor=True) if dim is None else _rule(module).layout(module)
 
 
-def _check_values(layer: NamedLayer, layout: UnitLayout) -> None:
+def _check_values(layer: NamedLayer, tensor: str, layout: UnitLayout) -> None:
     try:
-        decompose(plain_weight(layer.module), layout)
+        decompose(plain_weight(layer.module, tensor), layout)
     except ValueError as error:
         raise ValueError(f"{layer} cannot be weight-normalized: {error}.") from None
 
 
+def _tensor_refusal(module: nn.Module, tensor: str) -> str | None:
+    weight = plain_weight(module, tensor)
+    if weight.is_meta and not hasattr(module, "reset_parameters"):
+        return (
+            "its weight is on the meta device, without values, and the class has no `reset_parameters` that "
+            "would give it some: materialize it first, or exclude the layer"
+        )
+    return _weight_refusal(weight)
+
+
 def _weight_refusal(weight: nn.Parameter) -> str | None:
     if is_lazy(weight):
-        return "its weight has no shape yet: run one batch through the model first, or exclude the layer"
+        return (
+            "its weight has no shape yet: run one batch through the model first, in a LightningModule at the end of "
+            "`__init__` or in `configure_model`, or exclude the layer"
+        )
     if isinstance(weight, DTensor):
         return (
             "its weight is a DTensor, sharded already: call `apply_weight_norm(self)` in `configure_model`, before "
@@ -300,57 +336,51 @@ def _weight_refusal(weight: nn.Parameter) -> str | None:
     return None
 
 
-def _meta_refusal(module: nn.Module) -> str | None:
-    if plain_weight(module).is_meta and not hasattr(module, "reset_parameters"):
-        return (
-            "its weight is on the meta device, without values, and the class has no `reset_parameters` that "
-            "would give it some: materialize it first, or exclude the layer"
-        )
-    return None
-
-
-def _install(
-    module: nn.Module,
-    weight: nn.Parameter,
-    layout: UnitLayout,
-    shared: dict[int, tuple[nn.Parameter, nn.Parameter]],
-) -> None:
-    if parametrize.is_parametrized(module):
-        _give_own_class(module)
+def _install(module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[int, tuple[Tensor, Tensor]]) -> None:
+    weight = plain_weight(module, tensor)
     weight_norm = WeightNorm(layout)
     weight_norm.replaced = weakref.ref(weight)
-    parametrize.register_parametrization(module, "weight", weight_norm)
+    weight_norm.order = plain_order(module)
+    if parametrize.is_parametrized(module):
+        _give_own_class(module)
+    parametrize.register_parametrization(module, tensor, weight_norm)
     # torch builds the containers around it in training mode
     assert isinstance(module.parametrizations, nn.ModuleDict)
     module.parametrizations.train(module.training)
-    compute_through_class(module, "weight")
+    compute_through_class(module, tensor)
     add_state_hooks(module)
+    chain = weight_norm_chains(module)[tensor]
     if id(weight) in shared:
-        parametrizations = _parametrizations(module)
-        parametrizations.original0, parametrizations.original1 = shared[id(weight)]
-    shared[id(weight)] = gain_and_direction(module)
+        chain.original0, chain.original1 = shared[id(weight)]
+    shared[id(weight)] = g_and_v(chain)
 
 
-def _uninstall(module: nn.Module, weight: nn.Parameter, name: str = "weight") -> None:
+def _uninstall(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
     """Give the module this plain weight in place of its parametrization.
 
     torch's ``remove_parametrizations`` makes a buffer of a frozen weight, puts the weight behind the bias,
     and deletes the property from a class that deep copies of the module share.
     """
+    is_ours = tensor in weight_norm_chains(module)
+    order = plain_order(module)
     remove_state_hooks(module)
     forget(module)
     plain_class = type(module).__bases__[0]
     assert isinstance(module.parametrizations, nn.ModuleDict)
-    del module.parametrizations[name]
+    del module.parametrizations[tensor]
     if len(module.parametrizations) == 0:
         del module.parametrizations
         module.__class__ = plain_class
     else:
-        _give_own_class(module, without=name)
+        _give_own_class(module, without=tensor)
         if weight_norm_chains(module):
             add_state_hooks(module)
-    module.register_parameter(name, weight)
-    put_first(module, name)
+    module.register_parameter(tensor, weight)
+    if is_ours:
+        parameters = module._parameters
+        set_parameters(module, {name: parameters[name] for name in (*order, *parameters) if name in parameters})
+    else:
+        put_first(module, tensor)
 
 
 def _give_own_class(module: nn.Module, without: str | None = None) -> None:
@@ -358,10 +388,3 @@ def _give_own_class(module: nn.Module, without: str | None = None) -> None:
     cls = type(module)
     members = {key: value for key, value in vars(cls).items() if key not in (without, "__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, members)
-
-
-def _parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
-    assert isinstance(module.parametrizations, nn.ModuleDict)
-    found = module.parametrizations["weight"]
-    assert isinstance(found, parametrize.ParametrizationList)
-    return found

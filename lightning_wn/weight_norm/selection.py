@@ -85,7 +85,14 @@ def select(root: nn.Module, modules: ModuleSelection | None, exclude: ModuleSele
         chosen = _matching("modules", as_selectors("modules", modules), root, candidates, misses)
     excluded = _matching("exclude", as_selectors("exclude", exclude), root, candidates, misses)
     dropped = {id(layer.module) for layer in excluded}
-    selected = [layer for layer in chosen if id(layer.module) not in dropped]
+    chosen_ids = {id(layer.module) for layer in chosen if id(layer.module) not in dropped}
+    parts = {
+        id(part)
+        for layer in chosen
+        if id(layer.module) in chosen_ids and (rule := rule_for(layer.module)) is not None
+        for part in rule.parts(layer.module)
+    }
+    selected = [layer for layer in candidates if id(layer.module) in (chosen_ids | parts) - dropped]
     unsupported = [str(layer) for layer in selected if rule_for(layer.module) is None]
     if unsupported:
         raise ValueError(

@@ -19,12 +19,12 @@ class _Owner(NamedTuple):
     is_rewritten: bool
 
 
-def check_sharing(root: nn.Module, layers: Iterable[NamedLayer]) -> None:
+def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) -> None:
     """Raise unless every weight to rewrite is owned by layers that are all rewritten alike.
 
     Args:
         root: The model in which owners are looked for.
-        layers: The layers whose ``weight`` is about to be replaced.
+        weights: The layers with the names of those of their tensors that are about to be replaced.
 
     Raises:
         ValueError: If a weight has an owner that keeps the plain one, or owners whose units differ, or shares
@@ -33,18 +33,18 @@ def check_sharing(root: nn.Module, layers: Iterable[NamedLayer]) -> None:
     Example:
         >>> tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
         >>> tied[1].weight = tied[0].weight
-        >>> check_sharing(tied, [NamedLayer(("0",), tied[0]), NamedLayer(("1",), tied[1])])
+        >>> check_sharing(tied, [(NamedLayer((str(i),), tied[i]), "weight") for i in range(2)])
     """
-    rewritten = {id(layer.module): layer for layer in layers}
+    rewritten = {(id(layer.module), name): getattr(layer.module, name) for layer, name in weights}
     owners: dict[int, list[_Owner]] = {}
     for module_name, module in root.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             qualified = f"{module_name}.{name}" if module_name else name
-            is_rewritten = id(module) in rewritten and name == "weight"
+            is_rewritten = (id(module), name) in rewritten
             owners.setdefault(id(parameter), []).append(_Owner(qualified, module, is_rewritten))
 
-    for layer in rewritten.values():
-        shared = owners[id(layer.module.weight)]
+    for weight in rewritten.values():
+        shared = owners[id(weight)]
         plain = [owner.name for owner in shared if not owner.is_rewritten]
         names = ", ".join(repr(owner.name) for owner in shared)
         if plain:
@@ -58,7 +58,7 @@ def check_sharing(root: nn.Module, layers: Iterable[NamedLayer]) -> None:
                 f"{names} are one shared Parameter, but their output units lie on different dimensions of "
                 "it, so that one g cannot serve them: exclude all of them."
             )
-    _check_memory(root, {id(layer.module.weight) for layer in rewritten.values()})
+    _check_memory(root, {id(weight) for weight in rewritten.values()})
 
 
 def _layout(module: nn.Module) -> object:

@@ -83,6 +83,8 @@ def weight_from(g: Tensor, v: Tensor) -> Tensor:
         tensor([[3., 6.],
                 [4., 8.]])
     """
+    if g.ndim == 0:
+        return compose(g, v, UnitLayout(per_tensor=True))
     if g.numel() == 1:
         return compose(g.reshape(1), v.reshape(1, -1), UnitLayout()).view(v.shape)
     dims = [dim for dim, size in enumerate(g.shape) if size > 1]

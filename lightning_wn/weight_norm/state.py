@@ -11,8 +11,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_wn.weight_norm.cache import forget
-from lightning_wn.weight_norm.chains import g_and_v, is_sharded, weight_norm_chains, weight_norm_in
+from lightning_wn.weight_norm.chains import g_and_v, in_order, is_sharded, weight_norm_chains, weight_norm_in
 from lightning_wn.weight_norm.computed import like
+from lightning_wn.weight_norm.mean_only_batch_norm import (
+    NAME,
+    drop_missing_means,
+    load_mean_from_bias,
+    save_mean_in_bias,
+)
 from lightning_wn.weight_norm.parametrization import decompose
 from lightning_wn.weight_norm.spellings import StoredWeight, find_weight, g_and_v_keys
 
@@ -60,7 +66,7 @@ def remove_state_hooks(module: nn.Module) -> None:
 
 
 def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]) -> None:
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, chain in weight_norm_chains(module).items():
         keys = g_and_v_keys(prefix, name)
         weight_norm = weight_norm_in(chain)
@@ -68,12 +74,17 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_m
         if unknown or not weight_norm.saved_as_weight:
             continue
         weight = weight_norm(*(state_dict.pop(key) for key in keys))
-        weights[f"{prefix}{name}"] = _shared(f"{prefix}{name}", g_and_v(chain)[0], weight, state_dict)
+        weights[name] = _shared(f"{prefix}{name}", g_and_v(chain)[0], weight, state_dict)
     if weights:
-        # weights first, as in the plain module
-        names = [f"{prefix}{name}" for name in (*module._parameters, *module._buffers)]
-        rest = {name: state_dict.pop(name) for name in names if name in state_dict}
-        state_dict.update(weights | rest)
+        if "weight" in weights:
+            save_mean_in_bias(module, state_dict, prefix)
+        names = [name for name in (*module._parameters, *module._buffers) if f"{prefix}{name}" in state_dict]
+        own = weights | {name: state_dict.pop(f"{prefix}{name}") for name in names}
+        # in the order of the plain module, and what its children saved behind
+        has_children = not {"parametrizations", NAME}.issuperset(module._modules)
+        inner = [key for key in state_dict if key.startswith(prefix)] if has_children else []
+        rest = {key: state_dict.pop(key) for key in inner}
+        state_dict.update({f"{prefix}{name}": value for name, value in in_order(module, own).items()} | rest)
 
 
 def _shared(key: str, g: Tensor, weight: Tensor, state_dict: dict[str, Tensor]) -> Tensor:
@@ -108,6 +119,7 @@ def _load(  # noqa: PLR0917 # torch passes them so
             error_msgs.append(f"{prefix}{name} cannot be weight-normalized: {error}.")
             parts = g_and_v(chain)
         state_dict.update(zip(g_and_v_keys(prefix, name), (part.detach() for part in parts), strict=True))
+    load_mean_from_bias(module, state_dict, prefix)
 
 
 def fits_as_it_is(stored: StoredWeight, chain: Any) -> bool:
@@ -132,8 +144,9 @@ def _convert(stored: StoredWeight, chain: Any) -> tuple[Tensor, Tensor]:
 
 
 def _name_missing(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
-    """Call a missing weight by the name that the plain model has for it."""
+    """Call a missing weight by the name that the plain model has for it, and a missing bias by its own."""
     missing = incompatible.missing_keys
+    drop_missing_means(missing)
     for name in weight_norm_chains(module):
         first, second = g_and_v_keys("", name)
         for prefix in [key.removesuffix(first) for key in missing if key.endswith(first)]:

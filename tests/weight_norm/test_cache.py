@@ -10,21 +10,6 @@ from weight_norm_models import Regression, fit, quiet_trainer, tied
 
 from lightning_wn import WeightNormCallback, apply_weight_norm, cached_weight_norm, fold_weight_norm
 from lightning_wn.weight_norm import cache
-from lightning_wn.weight_norm.parametrization import WeightNorm
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """Counts how often a weight is computed."""
-    calls = []
-    forward = WeightNorm.forward
-
-    def counted(self, g, v):
-        calls.append(self)
-        return forward(self, g, v)
-
-    monkeypatch.setattr(WeightNorm, "forward", counted)
-    return calls
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from weight_norm_models import Regression
 
-from lightning_wn.weight_norm.reparametrization import weight_norm_of
+from lightning_wn.weight_norm.chains import weight_norm_of
 
 
 def run(tmp_path, init_args):
@@ -45,6 +45,17 @@ def run(tmp_path, init_args):
         ({"modules": ["net.*"], "exclude": ["net.2"]}, ["net.0"]),
         ({"modules": "net.*", "exclude": "*.0"}, ["net.2"]),
         ({"modules": "torch.nn.Linear"}, ["net.0", "net.2"]),
+        ({"init": "data", "dim": "output"}, ["net.0", "net.2"]),
+        ({"dim": None, "modules": "net.2"}, ["net.2"]),
+        (
+            {
+                "init": "data",
+                "mean_only_batch_norm": True,
+                "mean_only_momentum": 0.2,
+                "mean_only_synchronize": True,
+            },
+            ["net.0", "net.2"],
+        ),
         ({"modules": ["torch.nn.Linear"], "exclude": "net.[01]"}, ["net.2"]),
         ({"checkpoint": "parametrized", "log_signals": "layers", "cache_evaluation": False}, ["net.0", "net.2"]),
         ({"checkpoint": "folded", "log_signals": True, "fold_on_fit_end": True}, []),

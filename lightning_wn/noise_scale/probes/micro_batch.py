@@ -15,6 +15,7 @@ from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import norm_dtype
 from lightning_wn.noise_scale.run_facts import largest_accumulation
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, summing_dtype
+from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
 
 _ELEMENTS_PER_CHECKSUM = 64
 
@@ -70,6 +71,11 @@ class MicroBatchProbe:
                 raise ValueError(
                     f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
                     "examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch statistics."
+                )
+            if trainer.world_size > 1 and isinstance(module, MeanOnlyBatchNorm) and module.synchronize:
+                raise ValueError(
+                    f"`GradientNoiseScaleCallback` needs independent ranks, and synchronized means in {name!r} mix "
+                    "their examples; leave `synchronize` (`mean_only_synchronize`) False: each rank then takes its own."
                 )
 
     def is_due(self, step: int, every_n_steps: int) -> bool:

@@ -13,6 +13,7 @@ from lightning_wn.noise_scale.probes.per_example import (
     batch_dependent_layers,
     register_per_example_rule,
 )
+from lightning_wn.weight_norm import add_mean_only_batch_norm, apply_weight_norm
 
 
 def net():
@@ -29,6 +30,20 @@ def test_batch_dependent_layers(layer):
         norms.attach()
     layer.eval()
     assert batch_dependent_layers(model) == []
+
+
+def test_mean_only_batch_norm_mixes_examples_in_training():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    apply_weight_norm(model)
+    add_mean_only_batch_norm(model, exclude="1")
+    parameters = list(model.parameters())
+    assert batch_dependent_layers(model) == ["0.mean_only_batch_norm"]
+    with pytest.raises(PerExampleError, match=r"layer '0\.mean_only_batch_norm' makes use of batch statistics"):
+        PerExampleNorms(model, parameters).attach()
+    model.eval()
+    assert batch_dependent_layers(model) == []
+    x = torch.randn(3, 4).double()
+    check(model, lambda: mixed_loss(model(x)), 3)
 
 
 def test_batch_norm_without_running_statistics_always_mixes():

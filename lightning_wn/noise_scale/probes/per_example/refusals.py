@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
+
 
 class PerExampleError(RuntimeError):
     """Exact per-example gradients cannot be had; the message names the module and the fix."""
@@ -38,6 +40,8 @@ def batch_dependent_layers(model: nn.Module) -> list[str]:
 
 
 def _mixes_examples(module: nn.Module) -> bool:
+    if isinstance(module, MeanOnlyBatchNorm):
+        return module.training
     if not isinstance(module, _NormBase) or isinstance(module, _InstanceNorm):
         return False
     return module.training or (module.running_mean is None and module.running_var is None)

@@ -141,7 +141,7 @@ def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNo
         direction,
         units=lambda weight: layout.by_unit(weight).flatten(0, layout.leading - 1),
         norm=lambda weight: unit_norm(weight, layout),
-        leading=not layout.transposed,
+        leading=not (layout.transposed or layout.per_tensor),
     )
 
 
