@@ -164,7 +164,9 @@ def _reduce(self: nn.Module, protocol: object) -> Any:
         )
     if any(map(is_sharded, chains.values())):
         raise RuntimeError(f"{plain.__name__} cannot be pickled while it is sharded: save its `state_dict()`.")
-    return _rebuild, (plain, tuple(chains)), self.__dict__.copy()
+    # what the plain class leaves out, such as the weak references of a recurrent layer; torch's class refuses
+    state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
+    return _rebuild, (plain, tuple(chains)), dict(state)
 
 
 def _rebuild(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
