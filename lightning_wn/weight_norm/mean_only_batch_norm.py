@@ -316,7 +316,7 @@ def load_mean_from_bias(module: nn.Module, state_dict: dict[str, Tensor], prefix
     if not running.is_meta and torch.equal(state_dict[bias].to(own), folded_bias(own, running)):
         state_dict |= {mean: running, bias: own.detach()}
     else:
-        state_dict[mean] = torch.zeros_like(running, device="cpu" if running.is_meta else running.device)
+        state_dict[mean] = torch.zeros_like(running, device=state_dict[bias].device)
 
 
 def drop_missing_means(missing: list[str]) -> None:

@@ -135,7 +135,9 @@ def _convert(stored: StoredWeight, chain: Any) -> tuple[Tensor, Tensor]:
             f"the checkpoint's has the shape {tuple(stored.shape)}, and the model's {tuple(v.shape)}: load the "
             "checkpoint of this architecture"
         )
-    weight = stored.weight().to(device=v.device, dtype=v.dtype)
+    weight = stored.weight().to(v.dtype)
+    if not v.is_meta:  # whose values `load_state_dict(assign=True)` takes as they are
+        weight = weight.to(v.device)
     weight_norm = weight_norm_in(chain)
     if not is_sharded(chain) and not v.is_meta and torch.equal(weight, weight_norm(g, v)):
         return g, v  # the weight that it has: leave the length of v alone
