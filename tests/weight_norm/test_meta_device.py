@@ -68,3 +68,60 @@ def test_a_plain_checkpoint_gives_meta_layers_their_values():
     model.to_empty(device="cpu")
     model.load_state_dict(plain.state_dict())
     assert torch.equal(model[0].weight, plain[0].weight)
+
+
+SEVERAL = {
+    "lstm": lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2),
+    "gru without bias": lambda: nn.GRU(3, 4, bias=False),
+    "lstm cell": lambda: nn.LSTMCell(3, 4),
+    "rnn cell without bias": lambda: nn.RNNCell(3, 4, bias=False),
+    "bilinear": lambda: nn.Bilinear(3, 4, 5),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dim", ["output", None])
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_layers_with_several_weights_are_initialized_as_plain_ones(kind, dim):
+    with torch.device("meta"):
+        model = nn.Sequential(SEVERAL[kind]())
+    assert apply_weight_norm(model, "*", dim=dim) == ["0"]
+    torch.manual_seed(0)
+    _materialize_distributed_module(model, torch.device("cpu"))
+    torch.manual_seed(0)
+    plain = nn.Sequential(SEVERAL[kind]())
+    twin = copy.deepcopy(model)
+    fold_weight_norm(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    # and again
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(3)
+    names, children = list(dict(twin.named_parameters())), list(twin[0]._modules)
+    torch.manual_seed(0)
+    twin[0].reset_parameters()
+    assert (list(dict(twin.named_parameters())), list(twin[0]._modules)) == (names, children)
+    fold_weight_norm(twin)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], tensor), name
+
+
+def test_attention_which_cannot_initialize_itself_is_refused():
+    with torch.device("meta"):
+        model = nn.MultiheadAttention(4, 2)
+    with pytest.raises(ValueError, match="no `reset_parameters`"):
+        apply_weight_norm(model, "")
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_plain_file_is_assigned_to_meta_layers(kind):
+    plain = SEVERAL[kind]()
+    with torch.device("meta"):
+        model = SEVERAL[kind]()
+    apply_weight_norm(model, "")
+    model.load_state_dict(plain.state_dict(), assign=True)
+    fold_weight_norm(model)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
