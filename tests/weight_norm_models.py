@@ -48,6 +48,20 @@ class Regression(pl.LightningModule):
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = data
 
 
+class Recurrent(Regression):
+    """Reads the inputs as a sequence of numbers."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.ModuleDict({"lstm": nn.LSTM(1, 6, batch_first=True), "head": nn.Linear(6, 2)}))
+
+    def loss(self, batch):
+        return nn.functional.mse_loss(self.predict_step(batch, 0), batch[1])
+
+    def predict_step(self, batch, batch_idx):
+        return self.net["head"](self.net["lstm"](batch[0].unsqueeze(-1))[0][:, -1])
+
+
 def quiet_trainer(*callbacks, **kwargs):
     options = {
         "accelerator": "cpu",

@@ -8,7 +8,7 @@ from per_example_reference import check, mixed_loss
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
-from weight_norm_models import Regression, fit, normalized, quiet_trainer
+from weight_norm_models import Recurrent, Regression, fit, normalized, quiet_trainer
 
 from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, fold_weight_norm
 from lightning_wn.weight_norm.chains import weight_norm_chains
@@ -337,18 +337,6 @@ def test_another_dim_is_refused(build_with):
         build_with(nn.Linear(2, 2), dim=0)
     with pytest.raises(ValueError, match=r"`init=\"data\"` sets the variance of each unit.*`dim=\"output\"`"):
         WeightNormCallback(init="data", dim=None)
-
-
-class Recurrent(Regression):
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__(nn.ModuleDict({"lstm": nn.LSTM(1, 6, batch_first=True), "head": nn.Linear(6, 2)}))
-
-    def loss(self, batch):
-        return nn.functional.mse_loss(self.predict_step(batch, 0), batch[1])
-
-    def predict_step(self, batch, batch_idx):
-        return self.net["head"](self.net["lstm"](batch[0].unsqueeze(-1))[0][:, -1])
 
 
 @pytest.mark.parametrize("dim", ["output", None])

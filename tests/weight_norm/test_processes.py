@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from weight_norm_models import Regression, quiet_trainer
+from weight_norm_models import Recurrent, Regression, quiet_trainer
 
 from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm
 
@@ -18,13 +18,13 @@ HERE = Path(__file__).parent
 SCRIPT = HERE / "train_in_processes.py"
 
 
-def run(folder, strategy):
+def run(folder, strategy, *arguments):
     paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     for name in ("MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         environment.pop(name, None)  # Lightning then finds a free port
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), strategy, str(folder)],
+        [sys.executable, str(SCRIPT), strategy, str(folder), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -73,6 +73,20 @@ def test_trained_weights_come_home(ordinary, tmp_path, strategy):
         assert torch.equal(weight, ordinary["weights"][name])
     if strategy == "ddp_fork":
         assert home["tested"][0]["test_loss"] > 0
+
+
+def test_recurrent_weights_and_running_means_come_home(tmp_path):
+    home = run(tmp_path, "ddp_spawn", "recurrent")
+    assert home["normalized"] == ["head"]  # as it was before the fit
+    assert home["means"] == []
+    assert list(home["home"]) == list(home["last"])
+    for name, tensor in home["last"].items():
+        assert torch.equal(home["home"][name], tensor), name
+    plain = Recurrent()
+    assert not torch.equal(plain.net["lstm"].weight_hh_l0, home["home"]["net.lstm.weight_hh_l0"])
+    plain.load_state_dict(home["last"])
+    for batch, output in zip(plain.data(), home["outputs"], strict=True):
+        assert torch.equal(plain.eval().predict_step(batch, 0), output)
 
 
 def test_layers_normalized_before_the_fit_come_home_normalized():

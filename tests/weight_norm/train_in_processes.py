@@ -1,6 +1,6 @@
 """Train under a strategy of several processes and save what the calling process holds afterwards.
 
-Run as a script: ``python train_in_processes.py STRATEGY FOLDER``.
+Run as a script: ``python train_in_processes.py STRATEGY FOLDER [recurrent]``.
 """
 
 import sys
@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from weight_norm_models import Regression, quiet_trainer
+from weight_norm_models import Recurrent, Regression, quiet_trainer
 
-from lightning_wn.weight_norm import WeightNormCallback, fold_weight_norm
+from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, fold_weight_norm
+from lightning_wn.weight_norm.chains import weight_norm_chains
 from lightning_wn.weight_norm.reparametrization import has_plain_weight
 
 
@@ -22,6 +23,27 @@ def build():
     net[2].weight = net[0].weight
     nn.init.zeros_(net[4].weight)
     return Regression(net)
+
+
+def recurrent(strategy, folder):
+    """Bring the weights of several kinds of layers home, with the means folded into biases."""
+    model = Recurrent()
+    apply_weight_norm(model, "net.head")
+    saver = ModelCheckpoint(folder / strategy, save_last=True)
+    options = {"strategy": strategy, "devices": 2, "max_epochs": 3, "enable_checkpointing": True}
+    callback = WeightNormCallback("net.*", init="data", mean_only_batch_norm=True)
+    quiet_trainer(callback, saver, **options).fit(model)
+    home = {name: weight_norm_chains(module) for name, module in model.net.items()}
+    fold_weight_norm(model)
+    last = torch.load(folder / strategy / "last.ckpt", weights_only=True)["state_dict"]
+    results = {
+        "normalized": [name for name, chains in home.items() if chains],
+        "home": model.state_dict(),
+        "last": last,
+        "outputs": [model.eval().predict_step(batch, 0).detach() for batch in model.data()],
+        "means": [name for name, _ in model.named_modules() if name.endswith("mean_only_batch_norm")],
+    }
+    torch.save(results, folder / f"{strategy}.pt")
 
 
 def main(strategy, folder):
@@ -52,4 +74,5 @@ def main(strategy, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    run = recurrent if "recurrent" in sys.argv else main
+    run(sys.argv[1], Path(sys.argv[2]))
