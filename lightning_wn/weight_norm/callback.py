@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
 from lightning_wn.weight_norm.beside import ExactResume, model_copies
-from lightning_wn.weight_norm.chains import is_sharded, weight_norm_chains
+from lightning_wn.weight_norm.chains import is_sharded, reshard, weight_norm_chains
 from lightning_wn.weight_norm.checkpoint import fold_on_load
 from lightning_wn.weight_norm.checks import check_optimizer_state, check_state_dict
 from lightning_wn.weight_norm.evaluation import EvaluationScope, is_last_batch
 from lightning_wn.weight_norm.first_batch import FirstBatch, check_init
 from lightning_wn.weight_norm.mean_only_batch_norm import (
+    MeanOnlyBatchNorm,
     attach,
     check_momentum,
     fold_mean,
@@ -180,6 +181,7 @@ class WeightNormCallback(Callback):
         if stage != "fit":
             self._load_hooks += fold_on_load(selection.layers)
             return
+        reshard(pl_module)
         self._refuse_sharded_form(pl_module)
         # what matches nothing may still match a layer that `LightningModule.setup` builds: see `on_fit_start`
         if _plain(selection) or (self.mean_only_batch_norm and without_mean_only(selection.layers)):
@@ -204,6 +206,7 @@ class WeightNormCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check again, after the ``on_fit_start`` hooks of the model and of other callbacks."""
+        reshard(pl_module)
         self._check(trainer, pl_module)
 
     def on_train_batch_start(
@@ -345,6 +348,12 @@ class WeightNormCallback(Callback):
                 "checkpoint can be loaded and folded (`apply_weight_norm`, `load_state_dict`, "
                 "`fold_weight_norm`)."
             )
+        for name, module in pl_module.named_modules():
+            if isinstance(module, MeanOnlyBatchNorm) and not module.synchronize:
+                raise ValueError(
+                    f"{name!r} would keep other running means on each rank, and a checkpoint of a sharded model holds "
+                    "those of one: pass `synchronize=True` to `add_mean_only_batch_norm`."
+                )
         if self.init == "data":
             raise ValueError(
                 '`init="data"` does not work with sharded parameters, of which a forward pass has only copies: pass '

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -66,6 +67,13 @@ def g_and_v(chain: ParametrizationList) -> tuple[Tensor, Tensor]:
 def is_sharded(chain: ParametrizationList) -> bool:
     """Tell whether g and v are spread over ranks, as by FSDP2 outside of the forward pass."""
     return any(isinstance(tensor, DTensor) for tensor in g_and_v(chain))
+
+
+def reshard(module: nn.Module) -> None:
+    """Let a model have its sharded Parameters: FSDP2's outermost modules keep whole ones after an evaluation."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def plain_class(module: nn.Module) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from lightning_wn.module_selectors import ModuleSelection
 from lightning_wn.weight_norm.cache import forget
-from lightning_wn.weight_norm.chains import g_and_v, plain_order, set_parameters, weight_norm_chains
+from lightning_wn.weight_norm.chains import g_and_v, plain_order, reshard, set_parameters, weight_norm_chains
 from lightning_wn.weight_norm.computed import compute_through_class
 from lightning_wn.weight_norm.foreign import (
     legacy_hooks,
@@ -98,6 +98,7 @@ def apply_weight_norm(
         >>> torch.equal(model(x), before)
         True
     """
+    reshard(module)
     selection = select(module, modules, exclude)
     if selection.misses:
         raise ValueError(" ".join(selection.misses))
@@ -112,7 +113,8 @@ def fold_weight_norm(module: nn.Module) -> list[str]:
     the older ``torch.nn.utils.weight_norm``, on any tensor and any ``dim``. The weights do not change by
     this, bit for bit, and the layers get back their class and their parameters; type, device, ``training``
     and ``requires_grad`` are kept (it is set if g or v has it). Layers that share g and v share one weight
-    again: fold the whole model then, not one of the layers. Other parametrizations are left alone.
+    again: fold the whole model then, not one of the layers. Running means of mean-only batch normalization
+    go into the biases. Other parametrizations are left alone.
 
     A folded model is a plain one for ``torch.export``, TorchScript, ONNX and pickle.
 
@@ -135,6 +137,7 @@ def fold_weight_norm(module: nn.Module) -> list[str]:
         >>> type(model[0]).__name__, [name for name, _ in model[1].named_parameters()]
         ('Linear', ['weight', 'bias'])
     """
+    reshard(module)
     return fold(NamedLayer((name,), layer) for name, layer in module.named_modules())
 
 

@@ -17,6 +17,7 @@ from lightning_wn.module_selectors import (
     matcher,
     show_selection,
 )
+from lightning_wn.weight_norm.chains import plain_class, weight_norm_chains
 from lightning_wn.weight_norm.layers import DEFAULT_TYPES, rule_for, supported_names
 
 
@@ -34,7 +35,8 @@ class NamedLayer:
 
     def __str__(self) -> str:
         """Say the name and the type, for error messages."""
-        kind = type_before_parametrizations(self.module).__name__
+        known = plain_class if weight_norm_chains(self.module) else type_before_parametrizations
+        kind = known(self.module).__name__
         return f"{self.name!r} ({kind})" if self.name else kind
 
 

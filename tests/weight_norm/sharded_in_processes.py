@@ -13,10 +13,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from weight_norm_models import Regression, quiet_trainer
+from weight_norm_models import Recurrent, Regression, quiet_trainer
 
-from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, cached_weight_norm, fold_weight_norm
-from lightning_wn.weight_norm.chains import weight_norm_chains
+from lightning_wn.weight_norm import (
+    WeightNormCallback,
+    add_mean_only_batch_norm,
+    apply_weight_norm,
+    cached_weight_norm,
+    fold_weight_norm,
+)
+from lightning_wn.weight_norm.chains import reshard, weight_norm_chains
 
 
 class Sharded(Regression):
@@ -40,6 +46,35 @@ class Sharded(Regression):
         return torch.optim.Adam(self.parameters(), lr=0.02)
 
 
+class WithMeans(Sharded):
+    """Has running means before it shards."""
+
+    synchronize = True
+
+    def configure_model(self):
+        if not isinstance(self.net, FSDPModule):
+            apply_weight_norm(self)
+            add_mean_only_batch_norm(self, synchronize=self.synchronize)
+        super().configure_model()
+
+
+class ApartMeans(WithMeans):
+    """Has running means that differ between ranks."""
+
+    synchronize = False
+
+
+class RecurrentSharded(Recurrent):
+    """An LSTM and a head, each a group of its own."""
+
+    def configure_model(self):
+        if isinstance(self.net["lstm"], FSDPModule):
+            return
+        apply_weight_norm(self, "net.*")
+        for module in self.net.values():
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
 class Stop(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         trainer.should_stop = trainer.current_epoch == 1
@@ -57,9 +92,9 @@ def whole(model):
     return {name: p.full_tensor().tolist() for name, p in model.named_parameters()}
 
 
-def error_of(*args, **kwargs):
+def error_of(*args, build=Sharded, **kwargs):
     try:
-        trainer(**kwargs).fit(Sharded(*args))
+        trainer(**kwargs).fit(build(*args))
     except ValueError as error:
         return str(error)
     return "no error"
@@ -84,6 +119,30 @@ def main(folder):
         results[f"resumed {distributed}"] = whole(again)
         results[f"half weights {distributed}"] = {name: p.tolist() for name, p in weights(half).items()}
 
+    centered, again = WithMeans(), WithMeans()
+    trainer(mean_only_batch_norm=True).fit(centered)
+    first = trainer(Stop(), mean_only_batch_norm=True)
+    half = WithMeans()
+    first.fit(half)
+    first.save_checkpoint(folder / "means")
+    trainer(mean_only_batch_norm=True).fit(again, ckpt_path=folder / "means")
+    results["means"] = [whole(centered), whole(again)]
+    results["running"] = [m.net[0].mean_only_batch_norm.running_mean.tolist() for m in (centered, again)]
+
+    recurrent = RecurrentSharded()
+    recurrent.batch_size = 16  # with the other rank's all of the data, in whatever order
+    trainer(modules="net.*").fit(recurrent)
+    results["recurrent"] = {name: p.tolist() for name, p in weights(recurrent).items()}
+    # after an evaluation, the outermost shards are whole
+    with torch.no_grad():
+        recurrent.predict_step(next(iter(recurrent.data())), 0)
+    try:
+        fold_weight_norm(recurrent)
+    except ValueError as error:
+        results["fold after evaluation"] = str(error)
+    results["data"] = error_of(init="data")
+    results["late means"] = error_of(mean_only_batch_norm=True)
+    results["means apart"] = error_of(build=ApartMeans)
     results["folded"] = error_of(form="folded")
     results["folds at the end"] = error_of(fold_on_fit_end=True)
     results["too late"] = error_of("cpu", False)
@@ -112,10 +171,11 @@ def main(folder):
 
 def weights(model):
     """The whole weights, by the layers' own composition."""
+    reshard(model)
     return {
-        name: chain().full_tensor().detach()
+        name if tensor == "weight" else f"{name}.{tensor}": chain().full_tensor().detach()
         for name, layer in model.named_modules()
-        for chain in weight_norm_chains(layer).values()
+        for tensor, chain in weight_norm_chains(layer).items()
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import run_script
 from torch.distributed.fsdp import FSDPModule
-from weight_norm_models import Regression, quiet_trainer
+from weight_norm_models import Recurrent, Regression, quiet_trainer
 
 from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, fold_weight_norm
 
@@ -50,6 +50,31 @@ def test_what_sharding_forbids_is_refused_with_the_fix(ranks):
         assert "`fold_on_fit_end=True` does not work with sharded" in rank["folds at the end"]
         assert "before `fully_shard`" in rank["too late"]
         assert "is sharded" in rank["fold"]
+        assert "'net.lstm' (LSTM) is sharded" in rank["fold after evaluation"]
+        assert '`init="data"` does not work with sharded parameters' in rank["data"]
+        assert "'net.0.mean_only_batch_norm'" in rank["means apart"]
+        assert "`synchronize=True`" in rank["means apart"]
+        assert "`add_mean_only_batch_norm(self)` in `configure_model`, before `fully_shard`" in rank["late means"]
+
+
+def test_synchronized_means_that_came_before_sharding_train_and_resume(ranks):
+    assert ranks[0]["means"] == ranks[1]["means"]
+    assert ranks[0]["running"] == ranks[1]["running"]
+    assert ranks[0]["means"][0] == ranks[0]["means"][1] != ranks[0]["trained"]
+    assert ranks[0]["running"][0] == ranks[0]["running"][1] != [0.0] * 8
+
+
+def test_recurrent_layers_train_as_on_one_device(ranks):
+    assert ranks[0]["recurrent"] == ranks[1]["recurrent"]
+    assert set(ranks[0]["recurrent"]) == {"net.lstm.weight_ih_l0", "net.lstm.weight_hh_l0", "net.head"}
+    model = Recurrent()
+    model.batch_size = 32
+    quiet_trainer(WeightNormCallback("net.*"), max_epochs=3).fit(model)
+    fold_weight_norm(model)
+    for name, weight in ranks[0]["recurrent"].items():
+        found = model.get_parameter(name if "lstm" in name else f"{name}.weight")
+        # float32; two means of 16 are averaged where there is one of 32
+        torch.testing.assert_close(found.tolist(), weight, rtol=1e-4, atol=1e-6)
 
 
 def test_meta_layers_are_initialized_after_sharding(ranks):
