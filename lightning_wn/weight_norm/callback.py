@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,13 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
 from lightning_wn.weight_norm.beside import ExactResume, model_copies
-from lightning_wn.weight_norm.chains import is_sharded, reshard, weight_norm_chains
+from lightning_wn.weight_norm.chains import reshard
 from lightning_wn.weight_norm.checkpoint import fold_on_load
 from lightning_wn.weight_norm.checks import check_optimizer_state, check_state_dict
-from lightning_wn.weight_norm.evaluation import EvaluationScope, is_last_batch
+from lightning_wn.weight_norm.evaluation import EvaluationScope
 from lightning_wn.weight_norm.first_batch import FirstBatch, check_init
 from lightning_wn.weight_norm.mean_only_batch_norm import (
-    MeanOnlyBatchNorm,
     attach,
     check_momentum,
     fold_mean,
@@ -32,13 +29,18 @@ from lightning_wn.weight_norm.mean_only_batch_norm import (
     without_mean_only,
 )
 from lightning_wn.weight_norm.optimizers import check_optimizers
+from lightning_wn.weight_norm.refusals import (
+    callbacks_of,
+    refuse_averages_without_means,
+    refuse_copied_model,
+    refuse_sharded_form,
+    refuse_sharding,
+    refuse_two_forms,
+)
 from lightning_wn.weight_norm.reparametrization import Dim, check_dim, fold, plain_tensors, rewrite
 from lightning_wn.weight_norm.selection import NamedLayer, Selection, select
 from lightning_wn.weight_norm.signals import SignalLog
 from lightning_wn.weight_norm.state import save_as_weights
-
-# callbacks of Lightning that copy the model in their own `setup`, and later pair parameters by position
-_COPIES_MODEL = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class WeightNormCallback(Callback):
@@ -173,7 +175,8 @@ class WeightNormCallback(Callback):
         require_lightning_trainer(trainer, type(self).__name__)
         self._remove_load_hooks()
         if stage == "fit":
-            _refuse_sharding(trainer)
+            refuse_sharding(trainer)
+            refuse_two_forms(trainer, self, self.checkpoint)
         _configure_model(trainer, pl_module)
         selection = self._select(pl_module)
         check = pl_module.register_load_state_dict_pre_hook(check_state_dict)  # type: ignore[no-untyped-call] # in torch
@@ -182,16 +185,16 @@ class WeightNormCallback(Callback):
             self._load_hooks += fold_on_load(selection.layers)
             return
         reshard(pl_module)
-        self._refuse_sharded_form(pl_module)
+        refuse_sharded_form(pl_module, self.checkpoint, self.init, fold_on_fit_end=self.fold_on_fit_end)
         # what matches nothing may still match a layer that `LightningModule.setup` builds: see `on_fit_start`
         if _plain(selection) or (self.mean_only_batch_norm and without_mean_only(selection.layers)):
-            self._refuse_copied_model(trainer)
+            refuse_copied_model(trainer, self)
         self._rewritten = rewrite(pl_module, selection.layers, self.dim)
         if self._rewritten:
             rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
         if self.mean_only_batch_norm:
             self._add_means(trainer, selection)
-        for copy in model_copies(pl_module, _callbacks_of(trainer)).values():
+        for copy in model_copies(pl_module, callbacks_of(trainer)).values():
             save_as_weights(copy.modules(), self.checkpoint == "folded")
         if self._signals is not None:
             self._signals.start(pl_module)
@@ -259,27 +262,30 @@ class WeightNormCallback(Callback):
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let weights stand still from the first batch on."""
-        self._begin(pl_module)
+        if self.cache_evaluation:
+            self._scope.begin(pl_module)
 
     def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let weights stand still from the first batch on."""
-        self._begin(pl_module)
+        if self.cache_evaluation:
+            self._scope.begin(pl_module)
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let weights stand still from the first batch on."""
-        self._begin(pl_module)
+        if self.cache_evaluation:
+            self._scope.begin(pl_module)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let weights change after the last batch."""
-        self._end_if_last(trainer)
+        self._scope.end_if_last(trainer)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let weights change after the last batch."""
-        self._end_if_last(trainer)
+        self._scope.end_if_last(trainer)
 
     def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Let weights change after the last batch."""
-        self._end_if_last(trainer)
+        self._scope.end_if_last(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let weights change, where the last batch was not known."""
@@ -307,14 +313,6 @@ class WeightNormCallback(Callback):
             save_as_weights(pl_module.modules(), False)
         self._rewritten, self._centered = [], []
 
-    def _begin(self, pl_module: pl.LightningModule) -> None:
-        if self.cache_evaluation:
-            self._scope.begin(pl_module)
-
-    def _end_if_last(self, trainer: pl.Trainer) -> None:
-        if is_last_batch(trainer):
-            self._scope.end()
-
     def _clean_up(self) -> None:
         self._scope.end()
         self._resume.forget()
@@ -326,40 +324,10 @@ class WeightNormCallback(Callback):
             refuse_without_bias(selection.layers, where, 'use `strategy="ddp"`')
         elif self.checkpoint == "folded":
             refuse_without_bias(selection.layers, "be saved", 'pass `checkpoint="parametrized"`')
-        for callback in _callbacks_of(trainer):
-            if _is_lightnings(callback, ("StochasticWeightAveraging",)):
-                raise ValueError(
-                    f"`mean_only_batch_norm=True` does not work with {type(callback).__name__}, which averages weights "
-                    "and leaves running means those of the last weights: use `WeightAveraging`, which averages both."
-                )
+        refuse_averages_without_means(trainer)
         self._centered = attach(
             selection.layers, momentum=self.mean_only_momentum, synchronize=self.mean_only_synchronize
         )
-
-    def _refuse_sharded_form(self, pl_module: pl.LightningModule) -> None:
-        chains = [chain for layer in pl_module.modules() for chain in weight_norm_chains(layer).values()]
-        if not any(map(is_sharded, chains)):
-            return
-        if self.checkpoint == "folded" or self.fold_on_fit_end:
-            argument = "fold_on_fit_end=True" if self.fold_on_fit_end else 'checkpoint="folded"'
-            raise ValueError(
-                f"`{argument}` does not work with sharded parameters, whose plain weights no rank has: pass "
-                '`checkpoint="parametrized"` and `fold_on_fit_end=False`; in a process of its own, the whole '
-                "checkpoint can be loaded and folded (`apply_weight_norm`, `load_state_dict`, "
-                "`fold_weight_norm`)."
-            )
-        for name, module in pl_module.named_modules():
-            if isinstance(module, MeanOnlyBatchNorm) and not module.synchronize:
-                raise ValueError(
-                    f"{name!r} would keep other running means on each rank, and a checkpoint of a sharded model holds "
-                    "those of one: pass `synchronize=True` to `add_mean_only_batch_norm`."
-                )
-        if self.init == "data":
-            raise ValueError(
-                '`init="data"` does not work with sharded parameters, of which a forward pass has only copies: pass '
-                '`init="keep"`, and in `configure_model`, before `fully_shard`, run a batch through the model inside '
-                "`DataDependentInitialization`."
-            )
 
     def _select(self, pl_module: pl.LightningModule) -> Selection:
         return select(pl_module, self.modules, self.exclude)
@@ -383,15 +351,6 @@ class WeightNormCallback(Callback):
             refuse_missing_mean_only(selection.layers)
         check_optimizers(trainer.optimizers, selection.layers)
 
-    def _refuse_copied_model(self, trainer: pl.Trainer) -> None:
-        for callback in takewhile(lambda other: other is not self, _callbacks_of(trainer)):
-            if _is_lightnings(callback, _COPIES_MODEL):
-                raise ValueError(
-                    f"{type(callback).__name__} is listed before {type(self).__name__} and has copied "
-                    f"the plain model already, so that its averages would be of other parameters: list "
-                    f"{type(self).__name__} first."
-                )
-
     def _remove_load_hooks(self) -> None:
         for handle in self._load_hooks:
             handle.remove()
@@ -400,25 +359,6 @@ class WeightNormCallback(Callback):
 
 def _plain(selection: Selection) -> list[NamedLayer]:
     return [layer for layer in selection.layers if plain_tensors(layer.module)]
-
-
-def _callbacks_of(trainer: pl.Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-    return callbacks
-
-
-def _is_lightnings(callback: Callback, names: Sequence[str]) -> bool:
-    """Tell whether this is a callback of Lightning that has one of these names, or comes of one."""
-    bases = [cls for cls in type(callback).__mro__ if cls.__module__.startswith("lightning.")]
-    return any(cls.__name__ in names for cls in bases)
-
-
-def _refuse_sharding(trainer: pl.Trainer) -> None:
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-        raise ValueError(
-            f"Weight normalization does not work with {type(trainer.strategy).__name__}, which shards or "
-            "flattens the parameters of which the norms are taken: use a single device or a DDP strategy."
-        )
 
 
 def _configure_model(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

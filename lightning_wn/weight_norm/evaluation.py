@@ -32,13 +32,18 @@ class EvaluationScope:
         if not self._layers:
             self._layers = open_scope(module)
 
+    def end_if_last(self, trainer: pl.Trainer) -> None:
+        """Close the scope if the loop has no batch after this one."""
+        if _is_last_batch(trainer):
+            self.end()
+
     def end(self) -> None:
         """Close the scope if it is open."""
         close_scope(self._layers)
         self._layers = []
 
 
-def is_last_batch(trainer: pl.Trainer) -> bool:
+def _is_last_batch(trainer: pl.Trainer) -> bool:
     """Tell whether the running evaluation loop has no batch after this one, as far as Lightning knows."""
     loop: Any
     if trainer.predicting:

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 from weight_norm_models import Regression, fit, normalized, quiet_trainer
 
 from lightning_wn.weight_norm import WeightNormCallback, fold_weight_norm
-from lightning_wn.weight_norm.callback import _refuse_sharding
+from lightning_wn.weight_norm.refusals import refuse_sharding
 
 
 class Watch(Callback):
@@ -120,7 +120,7 @@ def test_averaged_g_and_v_are_what_the_model_ends_with():
 def test_sharding_strategies_are_refused(strategy):
     trainer = types.SimpleNamespace(strategy=object.__new__(strategy))
     with pytest.raises(ValueError, match=f"does not work with {strategy.__name__}.*use a single device or a DDP"):
-        _refuse_sharding(trainer)
+        refuse_sharding(trainer)
 
 
 def test_a_trainer_of_the_other_package_is_refused(monkeypatch):
@@ -287,3 +287,9 @@ def test_a_barebones_trainer_works():
     model = Regression()
     pl.Trainer(barebones=True, max_epochs=1, callbacks=[WeightNormCallback()], accelerator="cpu", devices=1).fit(model)
     assert normalized(model) == ["net.0", "net.2"]
+
+
+def test_two_callbacks_that_save_the_model_differently_are_refused():
+    callbacks = [WeightNormCallback("net.0"), WeightNormCallback("net.2", checkpoint="parametrized")]
+    with pytest.raises(ValueError, match=r'Two callbacks ask for `checkpoint="folded"`.*give all of them the same'):
+        fit(Regression(), *callbacks)

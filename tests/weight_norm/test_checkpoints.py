@@ -213,6 +213,16 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path, by):
     fit(model, WeightNormCallback())
 
 
+@pytest.mark.parametrize("form", ["folded", "parametrized"])
+def test_optimizer_state_of_one_norm_per_weight_is_refused(tmp_path, form):
+    fit(Adam(), WeightNormCallback(dim=None, checkpoint=form)).save_checkpoint(tmp_path / "other.ckpt")
+    model = Adam()
+    with pytest.raises(
+        ValueError, match=r"over other dimensions: g of 'net\.0\.weight' \(\(\) in the checkpoint, \(8, 1\)"
+    ):
+        quiet_trainer(WeightNormCallback(checkpoint=form), max_epochs=2).fit(model, ckpt_path=tmp_path / "other.ckpt")
+
+
 def test_torchs_parametrization_is_read_by_a_plain_model_in_evaluation(tmp_path):
     other = Transposed(parametrizations.weight_norm)
     fit(other).save_checkpoint(tmp_path / "other.ckpt")
