@@ -79,10 +79,11 @@ class DataDependentInitialization:
     - If the block is left by an exception, g and b are as they were.
 
     Args:
-        layers: The layers; those of which :func:`can_initialize` is false are passed over.
+        layers: The model, or some of its layers by name; those of which :func:`can_initialize` is false are passed
+            over.
 
     Raises:
-        ValueError: In the model's forward pass, if a unit has fewer than two values on all ranks together, if
+        ValueError: If the parameters are sharded; in the model's forward pass, if a unit has fewer than two values on all ranks together, if
             its values are not finite, or if a layer of the user's own computes something else than a
             pre-activation.
 
@@ -91,7 +92,7 @@ class DataDependentInitialization:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
         >>> _ = apply_weight_norm(model)
-        >>> with DataDependentInitialization(NamedLayer((name,), m) for name, m in model.named_modules()) as init:
+        >>> with DataDependentInitialization(model) as init:
         ...     y = model(x)
         >>> init.report().initialized
         ('0', '2')
@@ -99,7 +100,9 @@ class DataDependentInitialization:
         (True, True)
     """
 
-    def __init__(self, layers: Iterable[NamedLayer]) -> None:
+    def __init__(self, layers: nn.Module | Iterable[NamedLayer]) -> None:
+        if isinstance(layers, nn.Module):
+            layers = [NamedLayer((name,), module) for name, module in layers.named_modules()]
         self._layers = [layer for layer in layers if can_initialize(layer.module)]
         for layer in self._layers:
             if is_sharded(weight_norm_chains(layer.module)["weight"]):

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from weight_norm_models import Regression, fit, quiet_trainer
 
 from lightning_wn.weight_norm import DataDependentInitialization, WeightNormCallback, apply_weight_norm
-from lightning_wn.weight_norm.selection import NamedLayer
 
 
 def parameters(model):
@@ -26,7 +25,7 @@ def initialized(model, batch):
     """What one batch makes of a copy of the model."""
     twin = copy.deepcopy(model)
     apply_weight_norm(twin)
-    with DataDependentInitialization(NamedLayer((name,), m) for name, m in twin.named_modules()):
+    with DataDependentInitialization(twin):
         twin.net(batch[0])
     return parameters(twin)
 

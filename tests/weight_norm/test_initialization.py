@@ -8,7 +8,12 @@ from first_batches import NETS, moments_of, reference
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_wn.weight_norm import DataDependentInitialization, apply_weight_norm, fold_weight_norm
+from lightning_wn.weight_norm import (
+    DataDependentInitialization,
+    apply_weight_norm,
+    cached_weight_norm,
+    fold_weight_norm,
+)
 from lightning_wn.weight_norm.selection import NamedLayer
 
 
@@ -274,6 +279,20 @@ def test_a_cached_weight_is_not_a_stale_one():
         assert layer.weight.shape == (3, 4)
         initialize(layer, x)
         torch.testing.assert_close(layer(x).std(0, correction=0), torch.ones(3))
+
+
+@torch.no_grad()
+def test_a_scope_that_keeps_weights_keeps_the_initialized_ones():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    apply_weight_norm(model)
+    x = torch.randn(64, 4)
+    with cached_weight_norm(model):
+        model(x)
+        initialize(model, x)
+        inside = model(x)
+    assert torch.equal(inside, model(x))
+    torch.testing.assert_close(inside.std(0, correction=0), torch.ones(3))
+    torch.testing.assert_close(inside.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
 
 
 def test_compiled_models_are_initialized_too():
