@@ -19,7 +19,8 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
 from processes import run_script
-from support_cells import COLUMNS, IMPOSSIBLE, LAUNCHED, ONE_DEVICE, ROWS, Net, Normalized, Run, cell
+from support_cells import COLUMNS, IMPOSSIBLE, LAUNCHED, ONE_DEVICE, ROWS, Run, cell
+from support_models import Net, Normalized
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_wn.noise_scale.selection import PROBES, choose_probe
