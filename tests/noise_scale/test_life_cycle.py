@@ -97,3 +97,23 @@ def test_state_loads_weights_only(tmp_path):
     path = tmp_path / "run.ckpt"
     fit(callback(), max_epochs=1, save_to=path)
     assert torch.load(path, weights_only=True)["callbacks"]
+
+
+def test_training_does_not_stop_where_single_micro_batches_cannot_be_measured():
+    """A schedule that ends with one micro-batch a step, and a model that has no per-example gradients."""
+
+    class Bare(DigitsMLP):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def training_step(self, batch, batch_idx):
+            return self.scale * super().training_step(batch, batch_idx)
+
+    own = callback()
+    schedule = GradientAccumulationScheduler({0: 2, 1: 1})
+    with pytest.warns(UserWarning, match=r"`probe='per_example'` leaves out steps, and says so once: "):
+        estimate = fit(own, Bare(), max_epochs=2, callbacks=[schedule])
+    assert estimate.num_measurements == 4  # of the first epoch
+    with pytest.raises(ValueError, match="`probe='per_example'`"):
+        fit(callback(), Bare(), max_epochs=1)

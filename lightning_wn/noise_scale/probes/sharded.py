@@ -48,6 +48,7 @@ class ShardedProbe:
     approximate: ClassVar[str] = ""
     can_precondition: ClassVar[bool] = False
     watches_forward: ClassVar[bool] = False
+    strict: bool = True
     watches_backward: ClassVar[bool] = True
     coverage: float = 1.0
 
