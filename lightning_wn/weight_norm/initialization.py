@@ -83,9 +83,9 @@ class DataDependentInitialization:
             over.
 
     Raises:
-        ValueError: If the parameters are sharded; in the model's forward pass, if a unit has fewer than two values on all ranks together, if
-            its values are not finite, or if a layer of the user's own computes something else than a
-            pre-activation.
+        ValueError: If the parameters are sharded; in the model's forward pass, if a unit has fewer than two values on
+            all ranks together, if its values are not finite, or if a layer of the user's own computes something
+            else than a pre-activation.
 
     Example:
         >>> from lightning_wn.weight_norm import apply_weight_norm

@@ -106,6 +106,19 @@ class TestOneOptimizer:
         # float16 activations: ten percent is what is asked of 16-bit runs
         assert callback.estimate().cov_trace == pytest.approx(4 * expected[1], rel=0.1)
 
+    def test_a_resumed_run_goes_on_counting_its_steps(self, tmp_path):
+        """Steps 0 and 3 of the first epoch, step 6 of the second; counted anew it would be 4 and 7."""
+        measured = []
+        for epochs, ckpt_path in ((1, None), (2, tmp_path / "last.ckpt")):
+            callback = GradientNoiseScaleCallback("micro_batch", every_n_steps=3)
+            saver = ModelCheckpoint(tmp_path, save_last=True)
+            trainer = L.Trainer(
+                callbacks=[callback, saver], max_epochs=epochs, **(QUIET | {"enable_checkpointing": True})
+            )
+            trainer.fit(ManualDigits(2), DataLoader(digits(256), 32), ckpt_path=ckpt_path)
+            measured.append(callback.estimate().num_measurements)
+        assert measured == [2, 3]
+
     def test_several_steps_on_one_batch(self):
         class Repeats(ManualDigits):
             def training_step(self, batch, batch_idx):
