@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from lightning_wn.noise_scale.optimizer_measurement import PRECONDITIONED, Optim
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
     first_accumulation,
+    is_log_step,
     log_interval,
     require_dense_gradients,
     step_to_log,
@@ -40,7 +42,6 @@ from lightning_wn.noise_scale.selection import PROBES, choose_probe
 from lightning_wn.noise_scale.summary import WARNINGS, summary_table
 
 _DEFAULT_EMA_DECAY = 0.99
-_SYNC_STEPS_WITHOUT_LOGGING = 50
 
 _MAX_OPTIMIZERS_BY_MAIL = 16
 
@@ -153,6 +154,7 @@ class GradientNoiseScaleCallback(Callback):
         self._mailbox = Mailbox(3 + (_MAX_OPTIMIZERS_BY_MAIL + 1) * size)
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
+        self._restored_probe: str | None
         self._restores = True
         self._start_afresh()
 
@@ -216,6 +218,28 @@ class GradientNoiseScaleCallback(Callback):
             metric.reset()
         self._last_logged_step = -1
 
+    # ------------------------------------------------------------------ what other callbacks ask and say
+
+    @property
+    def micro_batch_size(self) -> float:
+        """Size of one micro-batch of all ranks together, in ``unit``; NaN before the first measurement.
+
+        Of the last full optimizer step that was measured, as of the last synchronisation.
+        """
+        self._collect_mail()
+        metric = self._measurements[0].metric
+        micro_batches, ranks = metric.micro_batches_and_ranks
+        return metric.estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
+
+    def gradients_were_scaled(self, factor: float) -> None:
+        """Say that the gradients of the step under way were multiplied by a factor, in ``on_before_optimizer_step``.
+
+        A callback that does so and stands before this one in the Trainer's list would otherwise look like an error
+        in the gradients. If this callback has read them already, the word changes nothing.
+        """
+        for measurement in self._measurements:
+            measurement.gradient_factor = factor
+
     # ------------------------------------------------------------------ life cycle
 
     @property
@@ -260,6 +284,7 @@ class GradientNoiseScaleCallback(Callback):
         self._stepped = False
         if trainer.accumulate_grad_batches != self._accumulation and batch_idx % trainer.accumulate_grad_batches == 0:
             self._choose_probe_anew(trainer, pl_module)
+        self._restored_probe = None
         measuring = False
         for measurement in self._measurements:
             measurement.start_batch(trainer, pl_module, batch_idx)
@@ -296,7 +321,7 @@ class GradientNoiseScaleCallback(Callback):
         if not self._stepped:
             return
         self._step_to_log = step_to_log(trainer)
-        if (self._step_to_log + 1) % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0:
+        if is_log_step(trainer):
             self._synchronize(trainer)
             if log_interval(trainer):
                 self._log(trainer)
@@ -357,6 +382,7 @@ class GradientNoiseScaleCallback(Callback):
                 self._synchronize(trainer)
         return {
             "every_n_steps": self._measurements[0].every_n_steps,
+            "probe": self._probe_name,
             "optimizers": [
                 _metric_state(m.metric, ("total", *m.choice.names)) | {"steps": m.steps} for m in self._measurements
             ],
@@ -379,6 +405,7 @@ class GradientNoiseScaleCallback(Callback):
         if self._curvature is not None and state_dict["curvature"] is not None:
             _restore_metric(self._curvature.metric, (CURVATURE,), state_dict["curvature"])
         self._restored_every_n_steps = state_dict["every_n_steps"]
+        self._restored_probe = state_dict.get("probe")
 
     # ------------------------------------------------------------------ inside
 
@@ -402,6 +429,7 @@ class GradientNoiseScaleCallback(Callback):
         self._measurements = [self._new_measurement()]
         self._accumulation = 1
         self._restored_every_n_steps = None
+        self._restored_probe = None
         self._stepped = False
         self._step_to_log = -1
         self._last_logged_step = -1
@@ -456,7 +484,9 @@ class GradientNoiseScaleCallback(Callback):
         self._probe_name = name
         for measurement in self._measurements:
             probe = PROBES[name]()
-            if bool(probe.approximate) != bool(measurement.probe.approximate):
+            # a run that goes on with another factor than the Trainer's own has measured nothing with its first probe
+            last = PROBES.get(self._restored_probe or "", measurement.probe)
+            if bool(probe.approximate) != bool(last.approximate):
                 # one estimate is either exact or not
                 measurement.metric.reset()
             measurement.take_probe(probe)
