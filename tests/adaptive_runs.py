@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Factors(L.Callback):
         self.epochs: list[list[int]] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 0:
+        if batch_idx == 0 or not self.epochs:
             self.epochs.append([])
         self.epochs[-1].append(trainer.accumulate_grad_batches)
 
@@ -94,6 +95,16 @@ def train_by_hand(
             for _ in range(steps_per_window(length) if scheduler else 0):
                 scheduler.step()
         assert next(micro_batches, None) is None
+
+
+def changes_in(epochs: Sequence[Sequence[int]]) -> int:
+    """How often the factor changed, also from one epoch to the next."""
+    return sum(old != new for old, new in itertools.pairwise(itertools.chain(*epochs)))
+
+
+def starts_of(factors: Sequence[int]) -> list[int]:
+    """Where the windows of an epoch start."""
+    return [0, *itertools.accumulate(windows_of(factors)[:-1])]
 
 
 def windows_of(factors: Sequence[int]) -> list[int]:

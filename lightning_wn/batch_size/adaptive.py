@@ -277,14 +277,21 @@ class AdaptiveBatchSizeCallback(Callback):
                 self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimizer and the Trainer as they were."""
-        self._let_go(trainer)
+        """Leave the optimizer as it was."""
+        self._let_go_of_optimizer()
+        if self._counts:
+            self._pool(trainer, together=True)
         if trainer.local_rank == 0:
             self._mailbox.post([self._factor, self._learning_rate_factor])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizer and the Trainer as they were, also in the middle of a step."""
-        self._let_go(trainer)
+        self._let_go_of_optimizer()
+        self._let_go_of_trainer(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the Trainer its own factor back, after all other callbacks have ended."""
+        self._let_go_of_trainer(trainer)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -421,13 +428,15 @@ class AdaptiveBatchSizeCallback(Callback):
             counted *= replicas
         self._counted += counted
 
-    def _let_go(self, trainer: Trainer) -> None:
-        if self._trainer is None:
-            return
+    def _let_go_of_optimizer(self) -> None:
         if self._scaled is not None:
             self._scaled.detach()
         self._scaled = None
-        trainer.accumulate_grad_batches = self._trainers_own
+
+    def _let_go_of_trainer(self, trainer: Trainer) -> None:
+        # StochasticWeightAveraging puts back in `on_train_end` what it found
+        if self._trainer is not None:
+            trainer.accumulate_grad_batches = self._trainers_own
         self._trainer = None
 
     def _clock_is_batches(self, trainer: Trainer) -> bool:
