@@ -71,6 +71,16 @@ class AccumulationRule:
                 "wishes within 10 % of the present batch size."
             )
 
+    def bounded(self, factor: int) -> int:
+        """Return the factor within ``min_accumulate`` and ``max_accumulate`` that is nearest to this one.
+
+        Example:
+            >>> [AccumulationRule(min_accumulate=2, max_accumulate=8).bounded(factor) for factor in (1, 5, 9)]
+            [2, 5, 8]
+        """
+        above = max(factor, self.min_accumulate)
+        return above if self.max_accumulate is None else min(above, self.max_accumulate)
+
     def wished_batch_size(self, present: int, *, micro_batch: float, lower: float, upper: float) -> float:
         """Return the batch size to go to, before bounds: the present one where the interval holds it.
 

@@ -28,6 +28,7 @@ from lightning_wn.batch_size.adaptive_checks import (
     find_noise_scale,
     require_accumulation,
     require_alone,
+    require_learning_rates,
     require_one_backward_pass,
     require_reachable_start,
     warn_of_steps,
@@ -212,6 +213,8 @@ class AdaptiveBatchSizeCallback(Callback):
         require_accumulation(trainer, pl_module)  # the model may have made up its mind in `configure_model`
         optimizer = trainer.optimizers[0]
         require_one_backward_pass(optimizer)
+        if self.learning_rate != "none":
+            require_learning_rates(optimizer)
         self._trainer = trainer
         trainer.accumulate_grad_batches = self._factor
         self._scaled = ScaledLearningRate(optimizer)
@@ -331,6 +334,8 @@ class AdaptiveBatchSizeCallback(Callback):
         if self._schedule is not None:
             self._wanted = self._schedule.factor_at(self._position(trainer, self._schedule.unit), self._trainers_own)
             return
+        # a resumed run may have got other bounds
+        self._wanted = self._rule.bounded(self._wanted)
         # a checkpoint brings the estimate up to date, too, and must not change what is decided: only log steps count
         looks, self._looks = self._looks, False
         waits = trainer.global_step < max(self._last_change + self.every_n_steps, self.warmup_steps)

@@ -67,6 +67,15 @@ def require_one_backward_pass(optimizer: Optimizer) -> None:
         )
 
 
+def require_learning_rates(optimizer: Optimizer) -> None:
+    """Raise ValueError if there is nothing that a factor could multiply."""
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"`AdaptiveBatchSizeCallback` cannot rescale the learning rate of {type(optimizer).__name__}, which has "
+            "none in its parameter groups; use `learning_rate='none'`."
+        )
+
+
 def require_alone(trainer: Trainer, callback_type: type[Callback]) -> None:
     """Raise ValueError if something else in the Trainer would change ``accumulate_grad_batches``."""
     found = callbacks_of(trainer)

@@ -351,6 +351,53 @@ class TestCheckpoints:
         assert paths[0] == paths[1]
         assert len({factor for epoch in paths[0] for factor in epoch}) > 1
 
+    def test_resumed_with_other_bounds(self, tmp_path):
+        path = tmp_path / "last.ckpt"
+        first = {"schedule": {0: 6}, "learning_rate": "linear"}
+        fit(AdaptiveBatchSizeCallback(**first), max_epochs=1, others=[_Saver(path)])
+        callback = AdaptiveBatchSizeCallback(1e-9, max_accumulate=4, every_n_steps=1)
+        noise_scale = GradientNoiseScaleCallback(every_n_steps=1)
+        settings = {"log_every_n_steps": 1, "max_epochs": 3}
+        _, _, epochs = fit(callback, others=[noise_scale], ckpt_path=path, **settings)
+        assert [windows_of(epoch) for epoch in epochs] == [[4, 4, 3]] * 2
+
+    def test_resumed_in_the_middle_of_an_epoch(self, tmp_path):
+        """After every window of the second epoch, with changes that are decided and still wait for their batch."""
+
+        class SaveAll(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if trainer.current_epoch == 1 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+                    trainer.save_checkpoint(tmp_path / f"{batch_idx + 1}.ckpt")
+
+        def run(data, *others, ckpt_path=None):
+            callback = AdaptiveBatchSizeCallback(6.0, growth=1.5, every_n_steps=1, hysteresis=0.0)
+            noise_scale = GradientNoiseScaleCallback(every_n_steps=1, ema_decay=0.9)
+            settings = {"log_every_n_steps": 2, "accumulate_grad_batches": 2, "max_epochs": 3}
+            model = Model("adam", "exponential")
+            fit(
+                callback,
+                model,
+                data,
+                before=[noise_scale],
+                others=[*others, _ThenWhole(data)],
+                ckpt_path=ckpt_path,
+                **settings,
+            )
+            return model, callback.state_dict()
+
+        data = list(batches_in_order(24 * 16))
+        whole, state = run(_Rest(data, 0), SaveAll())
+        checkpoints = sorted(tmp_path.glob("*.ckpt"))
+        waiting = 0
+        for path in checkpoints:
+            saved = torch.load(path, weights_only=True)["callbacks"]["AdaptiveBatchSizeCallback{'prefix': 'adaptive'}"]
+            waiting += saved["wanted"] != saved["accumulate_grad_batches"]
+            if int(path.stem) < len(data):
+                resumed, again = run(_Rest(data, int(path.stem)), ckpt_path=path)
+                assert again == state
+                assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+        assert waiting
+
     def test_a_mid_epoch_checkpoint_in_a_window(self, tmp_path):
         """It has lost the gradients so far; the rest of the window is a mean all the same."""
 
@@ -373,6 +420,14 @@ class TestCheckpoints:
         assert_same_weights(resumed, reference)
 
 
+class _Saver(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
 class _Rest:
     """A loader that goes on where an epoch was left."""
 
@@ -384,3 +439,13 @@ class _Rest:
 
     def __iter__(self):
         return iter(self.data[self.start :])
+
+
+class _ThenWhole(L.Callback):
+    """Lets the epochs after that be whole."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.loader.start = 0

@@ -76,6 +76,14 @@ def test_lbfgs():
     refuse("cannot accumulate for LBFGS", [scheduled()], DigitsMLP(lr=0.1, optimizer="LBFGS"))
 
 
+def test_an_optimizer_without_learning_rate():
+    model = DigitsMLP(lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    model.configure_optimizers = lambda: optimizer
+    refuse("cannot rescale the learning rate of SGD, which has none", [scheduled()], model)
+
+
 def test_a_second_scheduler():
     refuse("and `GradientAccumulationScheduler` would both", [scheduled(), GradientAccumulationScheduler({1: 2})])
     refuse("Two `AdaptiveBatchSizeCallback`s in one Trainer", [scheduled(), scheduled(prefix="other")])
