@@ -80,7 +80,6 @@ class OptimizerMeasurement:
         # the step that is under way
         self.measuring = False
         self.num_micro_batches = 0
-        self.gradient_factor = 1.0
         self._is_open = False
         self._irregular = False
         self._backwards_of_batch = 0
