@@ -1,5 +1,6 @@
 """PyTorch Lightning callbacks: the gradient noise scale while you train, and weight normalization."""
 
+from lightning_wn.batch_size.adaptive import AdaptiveBatchSizeCallback
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
@@ -8,6 +9,7 @@ from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, cached_weight_norm, fold_weight_norm
 
 __all__ = [
+    "AdaptiveBatchSizeCallback",
     "BatchSizeAdvice",
     "GradientNoiseScale",
     "GradientNoiseScaleCallback",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from lightning_wn.noise_scale.optimizer_measurement import PRECONDITIONED, Optim
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
     first_accumulation,
+    is_log_step,
     log_interval,
     require_dense_gradients,
     step_to_log,
@@ -40,7 +42,6 @@ from lightning_wn.noise_scale.selection import PROBES, choose_probe
 from lightning_wn.noise_scale.summary import WARNINGS, summary_table
 
 _DEFAULT_EMA_DECAY = 0.99
-_SYNC_STEPS_WITHOUT_LOGGING = 50
 
 _MAX_OPTIMIZERS_BY_MAIL = 16
 
@@ -220,6 +221,28 @@ class GradientNoiseScaleCallback(Callback):
             metric.reset()
         self._last_logged_step = -1
 
+    # ------------------------------------------------------------------ what other callbacks ask and say
+
+    @property
+    def micro_batch_size(self) -> float:
+        """Size of one micro-batch of all ranks together, in ``unit``; NaN before the first measurement.
+
+        Of the last full optimizer step that was measured, as of the last synchronisation.
+        """
+        self._collect_mail()
+        metric = self._measurements[0].metric
+        micro_batches, ranks = metric.micro_batches_and_ranks
+        return metric.estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
+
+    def gradients_were_scaled(self, factor: float) -> None:
+        """Say that the gradients of the step under way were multiplied by a factor, in ``on_before_optimizer_step``.
+
+        A callback that does so and stands before this one in the Trainer's list would otherwise look like an error
+        in the gradients. If this callback has read them already, the word changes nothing.
+        """
+        for measurement in self._measurements:
+            measurement.gradient_factor = factor
+
     # ------------------------------------------------------------------ life cycle
 
     @property
@@ -257,14 +280,16 @@ class GradientNoiseScaleCallback(Callback):
         self._trainer = trainer
         # a checkpoint of a run with more optimizers is none of this one's
         del self._measurements[max(len(trainer.optimizers), 1) :]
-        self._go_on_from_checkpoint(trainer, pl_module)
-        self._settle_cadence()
-        self._warn_if_approximate()
+        if self._restored_probe is None:
+            self._settle_cadence()
+            self._warn_if_approximate()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
         self._stepped = False
-        if trainer.accumulate_grad_batches != self._accumulation and batch_idx % trainer.accumulate_grad_batches == 0:
+        if self._restored_probe is not None:
+            self._go_on_from_checkpoint(trainer, pl_module, self._restored_probe)
+        elif trainer.accumulate_grad_batches != self._accumulation and batch_idx % trainer.accumulate_grad_batches == 0:
             self._choose_probe_anew(trainer, pl_module)
         if self._curvature is not None:
             # before the probe watches the forward pass: the copy of the model has its hooks, too
@@ -303,7 +328,7 @@ class GradientNoiseScaleCallback(Callback):
         if not self._stepped:
             return
         self._step_to_log = step_to_log(trainer)
-        if (self._step_to_log + 1) % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0:
+        if is_log_step(trainer):
             self._synchronize(trainer)
             if log_interval(trainer):
                 self._log(trainer)
@@ -465,20 +490,20 @@ class GradientNoiseScaleCallback(Callback):
                 )
             measurement.probe.require_readable(trainer, pl_module, wrapped=wrapped)
 
-    def _go_on_from_checkpoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the probe of the epoch that a resumed run goes on with, and keep only what fits it."""
-        accumulation = first_accumulation(trainer)
-        if accumulation != self._accumulation:
-            self._accumulation = accumulation
+    def _go_on_from_checkpoint(self, trainer: Trainer, pl_module: LightningModule, before: str) -> None:
+        """Take the probe that fits how a resumed run goes on, once all callbacks have settled that."""
+        self._restored_probe = None
+        if trainer.accumulate_grad_batches != self._accumulation:
+            self._accumulation = trainer.accumulate_grad_batches
             self._choose_probe(trainer, pl_module, wrapped=True)
-        before = self._restored_probe
-        if before is None or before == self._probe_name:
-            return
-        self._restored_every_n_steps = None
-        if bool(PROBES[before].approximate) != bool(PROBES[self._probe_name].approximate):
-            # one estimate is either exact or not
-            for measurement in self._measurements:
-                measurement.metric.reset()
+        if before != self._probe_name:
+            self._restored_every_n_steps = None
+            if bool(PROBES[before].approximate) != bool(PROBES[self._probe_name].approximate):
+                # one estimate is either exact or not
+                for measurement in self._measurements:
+                    measurement.metric.reset()
+        self._settle_cadence()
+        self._warn_if_approximate()
 
     def _choose_probe_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow a change of the accumulation factor, on every rank alike."""

@@ -74,6 +74,8 @@ class OptimizerMeasurement:
         self.every_n_steps = probe.default_every_n_steps
         self.steps = 0
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
+        self.gradient_factor = 1.0
+        """What another callback multiplied the gradients of this step with."""
         self._optimizer: Optimizer | None = None
         self._measured: MeasuredParameters | None = None
         self._shares = (1.0,) * len(choice.covered)
@@ -200,6 +202,9 @@ class OptimizerMeasurement:
             # a fused optimizer unscales within its step: here its gradients are still scaled
             still_scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
             grad_scale = loss_scale(trainer, model.device) if still_scaled else None
+            if self.gradient_factor != 1.0:
+                own = torch.tensor(self.gradient_factor, dtype=torch.float64)
+                grad_scale = own if grad_scale is None else grad_scale * own
             # the last batch of an epoch may be short; a count on the device is not read
             first, last = self._first_size, self._last_size
             unequal = isinstance(last, Tensor) or isinstance(first, Tensor) or last != first
@@ -229,6 +234,7 @@ class OptimizerMeasurement:
     def _close(self) -> None:
         self.measuring = False
         self.num_micro_batches = 0
+        self.gradient_factor = 1.0
         self._is_open = False
         self._irregular = False
         self._backwards_of_batch = 0

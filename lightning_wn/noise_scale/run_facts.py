@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
 
+_SYNC_STEPS_WITHOUT_LOGGING = 50
+
 
 def loss_scale(trainer: Trainer, device: torch.device) -> Tensor | None:
     """Return the gradient scaler's factor, on the device; `get_scale()` would wait for it."""
@@ -40,6 +42,11 @@ def first_accumulation(trainer: Trainer) -> int:
 def step_to_log(trainer: Trainer) -> int:
     """Return the step that Lightning writes beside its own metrics of this batch, as its callbacks do."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Whether estimates are synchronised and logged after this batch, which ended an optimizer step."""
+    return (step_to_log(trainer) + 1) % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0
 
 
 def largest_accumulation(trainer: Trainer) -> int:

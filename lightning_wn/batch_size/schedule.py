@@ -1,0 +1,57 @@
+"""A fixed schedule of accumulation factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+ScheduleUnit = Literal["step", "epoch", "examples", "tokens"]
+
+
+class AccumulationSchedule:
+    """``accumulate_grad_batches`` by how far training has come.
+
+    Args:
+        factors: From a position to the factor that holds from there on.
+        unit: What positions count: optimizer steps, epochs, or examples or tokens over all ranks.
+
+    Raises:
+        ValueError: If a position or factor is not a whole number in range, or there is none.
+
+    Example:
+        >>> schedule = AccumulationSchedule({0: 2, 1000: 8}, "step")
+        >>> schedule.factor_at(999, 1), schedule.factor_at(1000, 1)
+        (2, 8)
+        >>> AccumulationSchedule({1000: 8}, "step").factor_at(999, 1)
+        1
+    """
+
+    def __init__(self, factors: Mapping[int, int], unit: ScheduleUnit) -> None:
+        if unit not in get_args(ScheduleUnit):
+            raise ValueError(f"`schedule_by` must be one of {list(get_args(ScheduleUnit))}, got {unit!r}.")
+        wrong = [pair for pair in factors.items() if not (_is_whole(pair[0], 0) and _is_whole(pair[1], 1))]
+        if wrong or not factors:
+            found = f"{wrong[0][0]!r}: {wrong[0][1]!r}" if wrong else "nothing"
+            raise ValueError(
+                "`schedule` must map positions, whole numbers from 0 on, to values of `accumulate_grad_batches`, whole "
+                f"numbers from 1 on, got {found}; write for instance {{0: 1, 1000: 2, 5000: 4}}."
+            )
+        self.unit = unit
+        self._factors = sorted(factors.items())
+
+    @property
+    def lowest(self) -> int:
+        """The smallest factor in the schedule."""
+        return min(factor for _, factor in self._factors)
+
+    def factor_at(self, position: float, before: int) -> int:
+        """Return the factor at a position; ``before`` is the one before the first entry."""
+        factor = before
+        for start, scheduled in self._factors:
+            if position >= start:
+                factor = scheduled
+        return factor
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
