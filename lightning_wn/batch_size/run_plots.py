@@ -104,8 +104,7 @@ def draw_moments(ax: Any, history: Mapping[str, Sequence[float]], *, prefix: str
         values = [value if value > 0 else math.nan for value in history[key]]
         mark = {"marker": "o"} if len(steps) == 1 else {}
         lines += side.plot(steps, values, color=color, linestyle=style, linewidth=2, label=name, **mark)
-        side.set_ylabel(name, color=color)
-        side.tick_params(axis="y", which="both", labelcolor=color)
+        side.set_ylabel(f"{name} ({'solid' if style == '-' else 'dashed'})")
         positive = [value for value in values if value > 0]
         # less than a decade reads better on a plain axis
         if positive and max(positive) > 10 * min(positive):
