@@ -116,10 +116,13 @@ class RunTimer:
                 total = sum(count * micro_batch + step for micro_batch, step, count in windows)
                 micro_batch, step = total / micro_batches, 0.0
             else:
-                micro_batch, step = (median(values) for values in list(zip(*windows, strict=True))[:2])
+                micro_batch = median(micro_batch for micro_batch, *_ in windows)
+                step = median(step for _, step, _ in windows)
+                if step < 0:  # both cannot be told apart: keep the whole
+                    micro_batch, step = median(m + s / count for m, s, count in windows), 0.0
             return RunTime(
                 micro_batch_seconds=micro_batch,
-                step_seconds=max(step, 0.0),
+                step_seconds=step,
                 is_split=not self.runs_ahead,
                 includes_measuring=includes_measuring,
                 num_steps=len(windows),
@@ -136,8 +139,9 @@ class RunTimer:
             else:
                 total = now - start
                 if count > 1:
-                    # the last one has the communication and the optimizer in it
-                    micro_batch = (self._starts[-1] - start) / (count - 1)
+                    # the last one has the communication and the optimizer in it, the first one zeroes the gradients
+                    among = self._starts[1:] if count > 2 else self._starts
+                    micro_batch = (among[-1] - among[0]) / (len(among) - 1)
                 else:
                     micro_batch = (self._before_step or now) - start
                 self._windows[measured].append((micro_batch, total - count * micro_batch, count))
