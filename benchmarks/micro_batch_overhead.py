@@ -175,8 +175,8 @@ def peak_memory() -> None:
     size = sum(p.numel() * p.element_size() for p in parameters)
     extra = measured_step - plain + held
     print(
-        f"\npeak memory of tensors: the probe adds {extra} bytes to a step, {extra / size:.4%} of the parameters' {size} "
-        "bytes (at most 1 %)"
+        f"\npeak memory of tensors: the probe adds {extra} bytes to a step, {extra / size:.4%} of the parameters' bytes "
+        "(at most 1 %)"
     )
 
 

@@ -2,8 +2,8 @@
 
 Twelve layers 1024 -> 1024, each a parameter group of its own, over gloo. What the probe does in a step is timed
 where it does it: in the reduce-scatters and before and after the backward pass. Two bare ``torch._foreach_norm``
-passes over gradients of the whole size run in the same loop. Medians of rank 0's CPU time, and the peak of live tensor bytes
-with the probe and without it. Run it with ``python benchmarks/sharded_overhead.py``.
+passes over gradients of the whole size run in the same loop. Medians of rank 0's CPU time, and the peak of live
+tensor bytes with the probe and without it. Run it with ``python benchmarks/sharded_overhead.py``.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def work(rank: int, port: int, repeats: int, width: int, layers: int) -> None:
         one, cost, floor = (statistics.median(values[3:]) for values in (steps, costs, floors))
         cadence = ShardedProbe.default_every_n_steps
         print(f"{size / 4e6:.1f} M parameters on two ranks: a step {one * 1e3:.1f} ms")
-        print(
-            f"  probe {cost * 1e3:.2f} ms, two bare norms of the whole gradient {floor * 1e3:.2f} ms: {cost / floor:.2f}"
-        )
+        print(f"  probe {cost * 1e3:.2f} ms, two bare norms of all of it {floor * 1e3:.2f} ms: {cost / floor:.2f}")
         print(
             f"  at the default (one step in {cadence}): {1 + cost / cadence / (one - cost):.4f}x plain  (at most 1.01)"
         )

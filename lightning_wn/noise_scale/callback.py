@@ -160,10 +160,14 @@ class GradientNoiseScaleCallback(Callback):
         self._choice = ParameterChoice(layers=layers, groups=dict(groups or {}), preconditioned=preconditioned)
         empty = GradientNoiseScale(groups=self._choice.names)
         size = empty.moments.numel() + empty.counts.numel()
-        self._mailbox = Mailbox(3 + (_MAX_OPTIMIZERS_BY_MAIL + 1) * size)
+        coverages = _MAX_OPTIMIZERS_BY_MAIL * len(self._choice.covered)
+        self._mailbox = Mailbox(3 + (_MAX_OPTIMIZERS_BY_MAIL + 1) * size + coverages)
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
+        self._restored_probe: str | None
         self._restores = True
+        self._fitting = False
+        self._measurements: list[OptimizerMeasurement]
         self._start_afresh()
 
     # ------------------------------------------------------------------ what users ask
@@ -274,7 +278,8 @@ class GradientNoiseScaleCallback(Callback):
         """Check what is known before training, and start afresh."""
         # `test(ckpt_path="best")` after a fit must not put an earlier estimate in the place of the last one
         self._restores = stage == "fit" or not self._has_measured()
-        if stage != "fit":
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
         require_lightning_trainer(trainer, type(self).__name__)
         # Lightning restores the state after this hook
@@ -300,6 +305,7 @@ class GradientNoiseScaleCallback(Callback):
         self._watch.start(trainer, pl_module)
         # a checkpoint of a run with more optimizers is none of this one's
         del self._measurements[max(len(trainer.optimizers), 1) :]
+        self._go_on_from_checkpoint(trainer, pl_module)
         self._settle_cadence()
         self._warn_if_approximate()
 
@@ -309,6 +315,9 @@ class GradientNoiseScaleCallback(Callback):
         self._stepped = False
         if trainer.accumulate_grad_batches != self._accumulation and batch_idx % trainer.accumulate_grad_batches == 0:
             self._choose_probe_anew(trainer, pl_module)
+        if self._curvature is not None:
+            # before the probe watches the forward pass: the copy of the model has its hooks, too
+            self._curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
         measuring = False
         for measurement in self._measurements:
             measurement.start_batch(trainer, pl_module, batch_idx)
@@ -319,8 +328,6 @@ class GradientNoiseScaleCallback(Callback):
             count = count_examples(batch, self.batch_size_fn)
             for measurement in self._measurements:
                 measurement.before_forward(count)
-        if self._curvature is not None:
-            self._curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the probe record this backward pass."""
@@ -420,8 +427,11 @@ class GradientNoiseScaleCallback(Callback):
                 self._synchronize(trainer)
         return {
             "every_n_steps": self._measurements[0].every_n_steps,
+            "probe": self._probe_name,
             "optimizers": [
-                _metric_state(m.metric, ("total", *m.choice.names)) | {"steps": m.steps} for m in self._measurements
+                _metric_state(m.metric, ("total", *m.choice.names))
+                | {"steps": m.steps, "coverage": dict(zip(m.choice.covered, m.coverage, strict=True))}
+                for m in self._measurements
             ],
             "history": self._history.state_dict(),
             "curvature": None if self._curvature is None else _metric_state(self._curvature.metric, (CURVATURE,)),
@@ -436,11 +446,18 @@ class GradientNoiseScaleCallback(Callback):
             return
         saved = state_dict["optimizers"]
         self._history.load_state_dict(state_dict.get("history", {}))
+        self._restored_probe = state_dict["probe"]
+        if not self._fitting:
+            # what was measured, and by what; a fit finds out for itself
+            self._probe_name = state_dict["probe"]
+            self._measurements = []
         for _ in saved[len(self._measurements) :]:
             self._measurements.append(self._new_measurement())
         for measurement, state in zip(self._measurements, saved, strict=False):
             _restore_metric(measurement.metric, ("total", *measurement.choice.names), state)
             measurement.steps = state["steps"]
+            if not self._fitting:
+                measurement.coverage = tuple(state["coverage"].get(name, 1.0) for name in measurement.choice.covered)
         if self._curvature is not None and state_dict["curvature"] is not None:
             _restore_metric(self._curvature.metric, (CURVATURE,), state_dict["curvature"])
         self._restored_every_n_steps = state_dict["every_n_steps"]
@@ -469,6 +486,7 @@ class GradientNoiseScaleCallback(Callback):
         self._measurements = [self._new_measurement()]
         self._accumulation = 1
         self._restored_every_n_steps = None
+        self._restored_probe = None
         self._stepped = False
         self._step_to_log = -1
         self._last_logged_step = -1
@@ -517,6 +535,21 @@ class GradientNoiseScaleCallback(Callback):
                 )
             measurement.probe.require_readable(trainer, pl_module, wrapped=wrapped)
 
+    def _go_on_from_checkpoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the probe of the epoch that a resumed run goes on with, and keep only what fits it."""
+        accumulation = first_accumulation(trainer)
+        if accumulation != self._accumulation:
+            self._accumulation = accumulation
+            self._choose_probe(trainer, pl_module, wrapped=True)
+        before = self._restored_probe
+        if before is None or before == self._probe_name:
+            return
+        self._restored_every_n_steps = None
+        if bool(PROBES[before].approximate) != bool(PROBES[self._probe_name].approximate):
+            # one estimate is either exact or not
+            for measurement in self._measurements:
+                measurement.metric.reset()
+
     def _choose_probe_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow a change of the accumulation factor, on every rank alike."""
         self._accumulation = trainer.accumulate_grad_batches
@@ -526,6 +559,8 @@ class GradientNoiseScaleCallback(Callback):
         self._probe_name = name
         for measurement in self._measurements:
             probe = PROBES[name]()
+            # training has gone on for a while: it must not stop for a measurement
+            probe.strict = False
             if bool(probe.approximate) != bool(measurement.probe.approximate):
                 # one estimate is either exact or not
                 measurement.metric.reset()
@@ -611,6 +646,8 @@ class GradientNoiseScaleCallback(Callback):
         message = [float(len(self._measurements)), first.every_n_steps, list(PROBES).index(first.probe.name)]
         for metric in self._metrics:
             message += [*metric.moments.flatten().tolist(), *metric.counts.tolist()]
+        for measurement in self._measurements:
+            message += measurement.coverage
         self._mailbox.post(message)
 
     def _collect_mail(self) -> None:
@@ -628,6 +665,7 @@ class GradientNoiseScaleCallback(Callback):
             metric.counts = _filled(metric.counts, numbers)
         for measurement in self._measurements:
             measurement.every_n_steps = every_n_steps
+            measurement.coverage = tuple(islice(numbers, len(measurement.choice.covered)))
 
 
 def _filled(like: Tensor, numbers: Iterator[float]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_samples
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
+from lightning_wn.noise_scale.run_facts import training_step_output
 from lightning_wn.noise_scale.strategies import parameter_placement
 
 CURVATURE = "curvature"
@@ -86,11 +88,22 @@ class CurvatureMeasurement:
         parameters = [p for p in copied.parameters() if p.requires_grad]
         losses = [(partial(_loss, copied, batch, index), size) for batch, index, size in self._batches]
         devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(model.device.type, enabled=False),
+            # the other ranks leave the same batch out, or training would not go on
+            contextlib.suppress(_SkippedError),
+        ):
             self.metric.add_samples(curvature_samples(parameters, losses[0][0], losses[1:]))
 
 
+class _SkippedError(Exception):
+    """`training_step` returned None, which leaves its batch out."""
+
+
 def _loss(model: LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    output: Any = model.training_step(batch, batch_idx)
-    loss: Tensor = output["loss"] if isinstance(output, dict) else output
+    output = training_step_output(model, batch, batch_idx)
+    loss: Tensor | None = output.get("loss") if isinstance(output, dict) else output
+    if loss is None:
+        raise _SkippedError
     return loss

@@ -18,6 +18,7 @@ from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_sam
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.noise_scale.norms import sum_of_squares
+from lightning_wn.noise_scale.run_facts import training_step_output
 from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -150,7 +151,12 @@ def _mean_gradient_samples(
 
 def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None, device: torch.device) -> Tensor:
     batch = move_data_to_device(batch, device)
-    output: Any = model.training_step(batch, index) if loss_fn is None else loss_fn(model, batch)  # type: ignore[operator]  # checked
+    output: Any
+    if loss_fn is not None:
+        output = loss_fn(model, batch)
+    else:
+        assert isinstance(model, LightningModule)
+        output = training_step_output(model, batch, index)
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(

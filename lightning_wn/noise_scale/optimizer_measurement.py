@@ -41,6 +41,11 @@ class ParameterChoice:
         """Names of what is measured beside the total."""
         return (*self.groups, *([PRECONDITIONED] if self.preconditioned else []))
 
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of what has a coverage of its own; the preconditioned gradient has the total's."""
+        return ("total", *self.groups)
+
     def find(self, model: nn.Module, trainable: list[nn.Parameter], optimizer: Optimizer) -> MeasuredParameters:
         """Find the parameters in the model; see :func:`~.measured_parameters.find_measured` for errors."""
         denominator = AdamDenominator(optimizer) if self.preconditioned else None
@@ -71,7 +76,7 @@ class OptimizerMeasurement:
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
         self._optimizer: Optimizer | None = None
         self._measured: MeasuredParameters | None = None
-        self._coverage: tuple[float, ...] = ()
+        self._shares = (1.0,) * len(choice.covered)
         self._trainable: list[nn.Parameter] = []
         self._manual = False
         self._alone = True
@@ -93,15 +98,23 @@ class OptimizerMeasurement:
     def estimate(self, group: str | None = None) -> NoiseScaleEstimate:
         """Return the estimate of all measured parameters or of a group, as of the last synchronisation."""
         # what the optimizer preconditions is what the total is of
-        names = (None, *self.choice.groups)
-        shares = dict(zip(names, self._coverage, strict=False))
-        share = shares.get(group, self._coverage[0] if self._coverage else 1.0)
+        coverage = dict(zip(self.choice.covered, self.coverage, strict=True))
         return self.metric.estimate(
             group,
             probe=self.probe.name,
-            coverage=share * self.probe.coverage,
+            coverage=coverage.get(group or "total", self.coverage[0]),
             approximate=bool(self.probe.approximate),
         )
+
+    @property
+    def coverage(self) -> tuple[float, ...]:
+        """Measured share of the trainable parameters: of all, and of each group; 1 before they are known."""
+        return tuple(share * self.probe.coverage for share in self._shares)
+
+    @coverage.setter
+    def coverage(self, shares: tuple[float, ...]) -> None:
+        """Take over what another process or an earlier run has measured."""
+        self._shares = shares
 
     # ------------------------------------------------------------------ life cycle
 
@@ -231,7 +244,7 @@ class OptimizerMeasurement:
                     "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
                 )
             self._measured = self.choice.find(model, trainable, self._optimizer)
-            self._coverage = self._measured.coverage
+            self._shares = self._measured.coverage
             self._trainable = trainable
         return self._measured
 

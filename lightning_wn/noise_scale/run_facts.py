@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 
@@ -46,6 +47,32 @@ def largest_accumulation(trainer: Trainer) -> int:
         if isinstance(callback, GradientAccumulationScheduler):
             factors += callback.scheduling.values()
     return max(factors)
+
+
+def training_step_output(model: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """Return what ``training_step`` gives; its ``batch_idx`` is optional, as it is for the Trainer."""
+    step: Any = model.training_step
+    return step(batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+
+
+def require_independent_ranks(trainer: Trainer, pl_module: LightningModule, *, may_convert: bool) -> None:
+    """Raise ValueError where batch normalization mixes the examples of several ranks.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The model.
+        may_convert: Whether the strategy follows ``Trainer(sync_batchnorm=True)``, which turns every batch norm into
+            SyncBatchNorm only later, when the model is wrapped.
+    """
+    will_sync = may_convert and getattr(trainer.strategy, "_layer_sync", None) is not None
+    synced = (nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm) if will_sync else (nn.SyncBatchNorm,)
+    for name, module in pl_module.named_modules():
+        if trainer.world_size > 1 and isinstance(module, synced):
+            raise ValueError(
+                f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
+                "examples; use `Trainer(sync_batchnorm=False)` with BatchNorm, or a normalization without batch "
+                "statistics."
+            )
 
 
 def require_dense_gradients(pl_module: LightningModule) -> None:

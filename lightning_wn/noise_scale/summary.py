@@ -22,9 +22,10 @@ WARNINGS = {
     ),
     Rejection.MISMATCH: (
         "the micro-batch gradients do not add up to the gradient that the optimizer uses, and those steps are left "
-        "out; likely causes are a lossy DDP communication hook (PowerSGD), local SGD, a gradient left over from "
-        "an accumulation factor that changed in mid-window, or a hook or callback that edits gradients before "
-        "this one: remove it, or list this callback before it."
+        "out; likely causes are a lossy DDP communication hook (PowerSGD), local SGD, parameters that were frozen when "
+        "DDP wrapped the model (it never averages their gradients: leave them trainable until training starts), a "
+        "gradient left over from an accumulation factor that changed in mid-window, or a hook or callback that edits "
+        "gradients before this one: remove it, or list this callback before it."
     ),
     Rejection.IRREGULAR: (
         "a gradient came in several parts, or was changed before the optimizer's step, and those steps are left out; "

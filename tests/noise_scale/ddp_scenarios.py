@@ -47,7 +47,7 @@ def measure(accumulate=1, steps=400, model=None, data=None, callbacks=(), strate
 
 
 def ddp(folder):
-    return result(measure())
+    return result(measure(steps=600))
 
 
 def ddp_and_accumulation(folder):
@@ -109,13 +109,13 @@ def nan_on_one_rank(folder):
 
 
 def uneven_batch_sizes(folder):
-    """Rank 1 has batches of 8 beside rank 0's 32."""
+    """Rank 1 has batches of 24 beside rank 0's 96."""
 
     class Short(DigitsMLP):
         def on_before_batch_transfer(self, batch, dataloader_idx):
-            return [t[:8] for t in batch] if self.global_rank == 1 else batch
+            return [t[:24] for t in batch] if self.global_rank == 1 else batch
 
-    return result(measure(model=Short()))
+    return result(measure(model=Short(), data=loader(digits(), 96)))
 
 
 def sync_batch_norm(folder):

@@ -110,11 +110,11 @@ def measure(accumulate=1, steps=400, data=None, model=None, **model_args):
 
 
 def float32(folder):
-    return measure()
+    return measure(steps=600)
 
 
 def float64(folder):
-    return measure(dtype=torch.float64, data=loader(digits(dtype=torch.float64)))
+    return measure(steps=600, dtype=torch.float64, data=loader(digits(dtype=torch.float64)))
 
 
 def accumulation(folder):
@@ -141,9 +141,9 @@ def hybrid(folder):
 def uneven_batch_sizes(folder):
     class Short(ShardedDigits):
         def on_before_batch_transfer(self, batch, dataloader_idx):
-            return [t[:8] for t in batch] if self.global_rank == 1 else batch
+            return [t[:24] for t in batch] if self.global_rank == 1 else batch
 
-    return measure(model=Short())
+    return measure(model=Short(), data=loader(digits(), 96))
 
 
 # ---------------------------------------------------------------- what the callback promises

@@ -148,6 +148,31 @@ def test_the_hessian_is_of_a_batch_of_its_own():
     assert estimate.grad_sq_norm == pytest.approx((16 * big - 4 * small) / 12, rel=1e-12)
 
 
+class BatchAlone(DigitsMLP):
+    """Without ``batch_idx``, which Lightning leaves to the user."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class NoneAtThird(DigitsMLP):
+    """Leaves the third batch out."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("probe", ["consecutive", "per_example"])
+@pytest.mark.parametrize(("model", "count"), [(DigitsMLP, 2), (BatchAlone, 2), (NoneAtThird, 1)])
+def test_beside_any_probe_and_training_step(model, count, probe):
+    """The copy has the probe's hooks, and is not what the probe measures."""
+    callback = GradientNoiseScaleCallback(probe, every_n_steps=1, curvature_every_n_steps=5)
+    L.Trainer(callbacks=[callback], max_epochs=1, **QUIET).fit(model(), DataLoader(digits(160), 16))
+    assert callback.estimate(group="curvature").num_measurements == count
+    # the first step has none before it
+    assert callback.estimate().num_measurements == 10 - (model is NoneAtThird) - (probe == "consecutive")
+
+
 class NoisyBowl(Bowl):
     """With everything that a second forward pass could disturb."""
 

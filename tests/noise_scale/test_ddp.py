@@ -38,20 +38,21 @@ def scenario(*names: str):
     return pytest.mark.parametrize("outcome", names, indirect=True)
 
 
-def assert_true(result: dict[str, Any], samples: list[int]) -> None:
+def assert_true(result: dict[str, Any], samples: list[int], measurements: int = 400) -> None:
+    """Within three standard errors of a design whose own are below 3 %."""
     gradients = per_example_gradients(DigitsMLP(), digits())
     expected = truth(gradients)
-    spread = standard_errors(gradients, [samples] * (1797 // sum(samples)), 400)
-    assert result["num_measurements"] == 400
-    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0]
-    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1]
+    spread = standard_errors(gradients, [samples] * (1797 // sum(samples)), measurements)
+    assert result["num_measurements"] == measurements
+    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0] < 3 * 0.03 * expected[0]
+    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1] < 3 * 0.03 * expected[1]
 
 
 @scenario("ddp")
 def test_truth_under_ddp(outcome):
     assert outcome[0] == outcome[1]
     assert outcome[0]["batch_size"] == 64
-    assert_true(outcome[0], [32, 32])
+    assert_true(outcome[0], [32, 32], measurements=600)
 
 
 @scenario("ddp_and_accumulation")
@@ -64,8 +65,8 @@ def test_truth_under_ddp_with_accumulation(outcome):
 @scenario("uneven_batch_sizes")
 def test_truth_with_uneven_ranks(outcome):
     assert outcome[0] == outcome[1]
-    assert outcome[0]["batch_size"] == 40
-    assert_true(outcome[0], [32, 8])
+    assert outcome[0]["batch_size"] == 120
+    assert_true(outcome[0], [96, 24])
 
 
 @scenario("bit_for_bit")

@@ -26,6 +26,15 @@ def test_truth():
     assert estimate.num_measurements > 50
 
 
+def test_a_training_step_without_batch_idx():
+    class BatchAlone(DigitsMLP):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    whole = measure_noise_scale(DigitsMLP(), loader(digits()), max_batches=8)
+    assert measure_noise_scale(BatchAlone(), loader(digits()), max_batches=8) == whole
+
+
 def test_stops_as_soon_as_it_knows_enough():
     few = measure_noise_scale(DigitsMLP(), loader(digits()), relative_error=0.3)
     many = measure_noise_scale(DigitsMLP(), loader(digits()), relative_error=0.1)

@@ -184,7 +184,7 @@ def test_what_shows_later_leaves_the_step_out_or_is_measured():
             loss = super().training_step(batch, batch_idx)
             return loss + 0.0 * self.net[2](torch.zeros(1, 32)).sum() if batch_idx >= self.first else loss
 
-    with pytest.warns(UserWarning, match="left out a step, and will say so once"):
+    with pytest.warns(UserWarning, match="leaves out steps, and says so once"):
         callback = measure(Twice(first=3), loader(digits(320)), steps=10)
     assert callback.estimate().num_measurements == 3
 

@@ -71,13 +71,14 @@ def assert_true(outcome: list[Any], samples: list[int], measurements: int = 400)
     spread = standard_errors(gradients, [samples] * (1797 // sum(samples)), measurements)
     assert result["num_measurements"] == measurements
     assert result["batch_size"] == sum(samples)
-    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0]
-    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1]
+    # a design whose own standard errors are below 3 %
+    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0] < 3 * 0.03 * expected[0]
+    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1] < 3 * 0.03 * expected[1]
 
 
 @scenario("float32", "float64")
 def test_truth(outcome):
-    assert_true(outcome, [32, 32])
+    assert_true(outcome, [32, 32], measurements=600)
 
 
 @scenario("accumulation")
@@ -93,7 +94,7 @@ def test_truth_with_accumulation_before_communication(outcome):
 
 @scenario("uneven_batch_sizes")
 def test_truth_with_uneven_ranks(outcome):
-    assert_true(outcome, [32, 8])
+    assert_true(outcome, [96, 24])
 
 
 @scenario("hybrid", ranks="four")

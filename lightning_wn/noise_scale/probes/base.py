@@ -35,6 +35,9 @@ class Probe(Protocol):
     watches_backward: ClassVar[bool]
     """Whether it has to see each backward pass; otherwise the optimizer's gradient tells all."""
 
+    strict: bool
+    """Whether what it finds unmeasurable at first is an error; otherwise it leaves steps out, with a warning."""
+
     @property
     def coverage(self) -> float:
         """Measured share of the elements of the parameters that it was given."""

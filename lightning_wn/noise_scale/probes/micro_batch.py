@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import norm_dtype
-from lightning_wn.noise_scale.run_facts import largest_accumulation
+from lightning_wn.noise_scale.run_facts import largest_accumulation, require_independent_ranks
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, summing_dtype
 
 _ELEMENTS_PER_CHECKSUM = 64
@@ -36,6 +36,7 @@ class MicroBatchProbe:
     approximate: ClassVar[str] = ""
     can_precondition: ClassVar[bool] = True
     watches_forward: ClassVar[bool] = False
+    strict: bool = True
     watches_backward: ClassVar[bool] = True
     coverage: float = 1.0
     reduces_in_low_precision: bool = False
@@ -44,6 +45,7 @@ class MicroBatchProbe:
         self._measured = MeasuredParameters(())
         self._handles: list[RemovableHandle] = []
         self._projections: dict[int, _Projection] = {}
+        self._averaged: list[nn.Parameter] | None = None
         self._recording = False
         # of the running backward pass; the hooks hold on to these lists
         self._fired: list[int] = []
@@ -62,15 +64,9 @@ class MicroBatchProbe:
                 "a good choice, with a loader batch size a quarter as large), train with DDP on two or more ranks, or "
                 "use `probe='auto'`."
             )
-        # Lightning turns every batch norm into SyncBatchNorm only later, when it wraps the model
-        will_sync = getattr(trainer.strategy, "_layer_sync", None) is not None
-        synced = (nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm) if will_sync else (nn.SyncBatchNorm,)
-        for name, module in pl_module.named_modules():
-            if trainer.world_size > 1 and isinstance(module, synced):
-                raise ValueError(
-                    f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
-                    "examples; use `Trainer(sync_batchnorm=False)`, or a normalization without batch statistics."
-                )
+        require_independent_ranks(trainer, pl_module, may_convert=True)
+        if wrapped and trainer.world_size > 1:
+            self._averaged = _averaged_by_ddp(trainer.strategy.model)
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
         """Whether this optimizer step is measured."""
@@ -81,7 +77,7 @@ class MicroBatchProbe:
         if measured is not self._measured:
             self.detach()
             self._measured = measured
-            self._projections = _choose_projections(measured.parameters)
+            self._projections = _choose_projections(measured.parameters, self._averaged)
         if not self._handles:
             for index, parameter in enumerate(measured.parameters):
                 handle = parameter.register_hook(self._hook(index, parameter))  # type: ignore[no-untyped-call]  # torch's
@@ -234,11 +230,28 @@ def _project(
     return stacked.sum(1), sizes
 
 
-def _choose_projections(parameters: Sequence[nn.Parameter]) -> dict[int, _Projection]:
-    """Project the largest parameter and others spread over the model; the same choice on every rank."""
+def _averaged_by_ddp(wrapped: nn.Module | None) -> list[nn.Parameter] | None:
+    """Return the parameters that DDP averages: those that are trainable when it wraps the model. None is all."""
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return None
+    ignored = wrapped.parameters_to_ignore
+    return [p for name, p in wrapped.module.named_parameters() if p.requires_grad and name not in ignored]
+
+
+def _choose_projections(
+    parameters: Sequence[nn.Parameter], averaged: Sequence[nn.Parameter] | None
+) -> dict[int, _Projection]:
+    """Project the largest parameter and others spread over the model; the same choice on every rank.
+
+    What DDP does not average (layers that are unfrozen later) differs between ranks, and must show: of that the largest
+    is projected, too.
+    """
     last = len(parameters) - 1
-    largest = max(range(len(parameters)), key=lambda i: parameters[i].numel())
-    chosen = dict.fromkeys((largest, 0, last, last // 2))
+    places = range(len(parameters))
+    known = None if averaged is None else {id(p) for p in averaged}
+    apart = [] if known is None else [i for i in places if id(parameters[i]) not in known]
+    largest = [max(group, key=lambda i: parameters[i].numel()) for group in (apart, places) if group]
+    chosen = [*dict.fromkeys((*largest, 0, last, last // 2))][:NUM_CHECKSUMS]
     # a generator of its own: training must draw the same random numbers with and without the probe
     generator = torch.Generator().manual_seed(0)
     return {

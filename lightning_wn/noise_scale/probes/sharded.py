@@ -22,6 +22,7 @@ from lightning_wn.noise_scale.probes.fsdp_groups import (
     require_torchs_reduce_scatter,
     sharded_data_parallel_size,
 )
+from lightning_wn.noise_scale.run_facts import require_independent_ranks
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
 
 _ELEMENTS_PER_CHECKSUM = 64
@@ -47,6 +48,7 @@ class ShardedProbe:
     approximate: ClassVar[str] = ""
     can_precondition: ClassVar[bool] = False
     watches_forward: ClassVar[bool] = False
+    strict: bool = True
     watches_backward: ClassVar[bool] = True
     coverage: float = 1.0
 
@@ -63,6 +65,7 @@ class ShardedProbe:
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError unless this is FSDP2 over two or more data-parallel ranks, and readable."""
         sharded_data_parallel_size(trainer.strategy)
+        require_independent_ranks(trainer, pl_module, may_convert=False)
         if wrapped:
             self.reduces_in_low_precision = reduces_in_low_precision(require_shardable(trainer, pl_module))
 

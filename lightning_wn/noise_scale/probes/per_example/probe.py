@@ -39,6 +39,7 @@ class PerExampleProbe:
     watches_forward: ClassVar[bool] = True
     watches_backward: ClassVar[bool] = True
     reduces_in_low_precision: bool = False
+    strict: bool = True
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
@@ -90,15 +91,8 @@ class PerExampleProbe:
 
     def before_forward(self, count: BatchCount) -> None:
         """Record this micro-batch's layers."""
-        total, self._by_example = count.total, count.by_example
-        if self._by_example is None and (isinstance(total, Tensor) or total != int(total)):
-            raise ValueError(
-                f"`probe='per_example'` needs to know how many examples are in a batch, got {total!r} from "
-                "`batch_size_fn`; return a whole number, or a tensor with what each example counts, as its tokens, "
-                f"`mask.sum(1)`. {_ALTERNATIVES}"
-            )
-        examples = int(total) if self._by_example is None else len(self._by_example)
-        self._try(lambda norms: norms.before_forward(examples))
+        self._by_example = count.by_example
+        self._try(lambda norms: norms.before_forward(_examples_in(count)))
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Let the rules look at the graph of the loss."""
@@ -164,7 +158,8 @@ class PerExampleProbe:
             )
             norms.attach()
         except PerExampleError as error:
-            raise ValueError(f"`probe='per_example'`: {error}. {_ALTERNATIVES}") from error
+            self._refuse(error)
+            return
         self._norms, self._model, self._measured = norms, model, measured
         seen = sum(p.numel() for p in norms.parameters)
         self._coverage = seen / max(sum(p.numel() for p in measured.parameters), 1)
@@ -177,16 +172,30 @@ class PerExampleProbe:
             return call(self._norms)
         except PerExampleError as error:
             self._failed = True
-            if not self._has_measured:
-                self.detach()
-                raise ValueError(f"`probe='per_example'`: {error}. {_ALTERNATIVES}") from error
-            if not self._warned:
-                self._warned = True
-                rank_zero_warn(f"`probe='per_example'` left out a step, and will say so once: {error}. {_ALTERNATIVES}")
+            self._refuse(error)
             return None
+
+    def _refuse(self, error: PerExampleError) -> None:
+        if self.strict and not self._has_measured:
+            self.detach()
+            raise ValueError(f"`probe='per_example'`: {error}. {_ALTERNATIVES}") from error
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"`probe='per_example'` leaves out steps, and says so once: {error}. {_ALTERNATIVES}")
 
     def _forget_step(self) -> None:
         self._failed = False
         self._by_example = None
         self._sq_norms, self._sizes, self._weights = [], [], []
         self._examples, self._total_weight, self._micro_batches = 0.0, 0.0, 0
+
+
+def _examples_in(count: BatchCount) -> int:
+    if count.by_example is not None:
+        return len(count.by_example)
+    if isinstance(count.total, Tensor) or count.total != int(count.total):
+        raise PerExampleError(
+            f"the number of examples in a batch is needed, and `batch_size_fn` gave {count.total!r}: return a whole "
+            "number, or a tensor with what each example counts, as its tokens, `mask.sum(1)`"
+        )
+    return int(count.total)
