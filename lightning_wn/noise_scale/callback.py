@@ -31,6 +31,7 @@ from lightning_wn.noise_scale.metric import (
     synchronize_together,
 )
 from lightning_wn.noise_scale.optimizer_measurement import PRECONDITIONED, OptimizerMeasurement, ParameterChoice
+from lightning_wn.noise_scale.plotting import import_pyplot
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
     first_accumulation,
@@ -282,6 +283,8 @@ class GradientNoiseScaleCallback(Callback):
         if not self._fitting:
             return
         require_lightning_trainer(trainer, type(self).__name__)
+        if self.log_figure:
+            import_pyplot()  # not only at the end that matplotlib is missing
         # Lightning restores the state after this hook
         self._start_afresh()
         self._accumulation = first_accumulation(trainer)

@@ -121,3 +121,15 @@ def test_where_the_host_runs_ahead_only_the_sum_is_true(clock):
     assert time.seconds(4) == pytest.approx(2.25, rel=1e-3)  # loading of the last batch is cut off
     assert not time.is_split
     assert time.step_seconds == 0
+
+
+def test_what_happens_once_at_the_start_of_a_step_is_the_steps(timer, clock):
+    """Gradients are zeroed in the first of four micro-batches."""
+    for _ in range(20):
+        for i in range(4):
+            timer.start_batch(first=i == 0)
+            clock.now += 0.75 if i == 0 else 0.5
+        timer.end_window(full=True, measured=False)
+        clock.now += 1.0
+    time = timer.run_time()
+    assert (time.micro_batch_seconds, time.step_seconds) == pytest.approx((0.5, 1.25))

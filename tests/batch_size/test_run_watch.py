@@ -1,6 +1,7 @@
 """What `GradientNoiseScaleCallback` sees of a real run, and makes of it."""
 
 import math
+import sys
 from functools import partial
 
 import lightning as L
@@ -160,3 +161,12 @@ def test_logs_the_picture_when_asked(tmp_path):
         found[asked] = events.Tags()["images"]
         assert ("custom_scalars__config__" in events.Tags()["tensors"]) is asked
     assert found == {True: ["gns/figure"], False: []}
+
+
+def test_without_matplotlib_the_error_comes_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    model = DigitsMLP(lr=0.1)
+    before = model.net[0].weight.clone()
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-wn\[plots\]"'):
+        fit(model, [GradientNoiseScaleCallback(log_figure=True)])
+    assert torch.equal(model.net[0].weight, before)
