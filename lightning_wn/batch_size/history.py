@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def read_csv_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, list[float]]:
@@ -32,14 +35,129 @@ def read_csv_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, li
     path = Path(folder)
     if path.is_dir():
         path /= "metrics.csv"
+    return history_of(read_csv_scalars(path), prefix, path)
+
+
+def read_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, list[float]]:
+    """Read the noise scale over training from a folder of ``CSVLogger`` or ``TensorBoardLogger``.
+
+    Args:
+        folder: The ``log_dir`` of either, or a folder above a single one.
+        prefix: Start of the logged keys, as given to the callback.
+
+    Returns:
+        As :func:`read_csv_history`.
+
+    Raises:
+        FileNotFoundError: If neither has written there.
+        ModuleNotFoundError: If only TensorBoard has, and ``tensorboard`` is not installed.
+        ValueError: If nothing was logged under the prefix, or several runs lie there.
+    """
+    return history_of(read_scalars(folder), prefix, folder)
+
+
+def read_scalars(folder: str | Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Read everything that was logged in a folder of ``CSVLogger`` or ``TensorBoardLogger``: steps and values by key.
+
+    Args:
+        folder: As in :func:`read_history`.
+
+    Raises:
+        FileNotFoundError: If neither has written there.
+        ModuleNotFoundError: If only TensorBoard has, and ``tensorboard`` is not installed.
+        ValueError: If several runs lie there.
+    """
+    root = Path(folder)
+    if not root.exists():
+        raise FileNotFoundError(f"There is no folder {root}; give the `log_dir` of a logger.")
+    tables = [root] if root.is_file() else sorted(root.rglob("metrics.csv"))
+    if not tables:
+        return _read_tensorboard(root)
+    if len(tables) > 1:
+        raise ValueError(
+            f"{root} holds {len(tables)} runs; give the folder of one: {', '.join(str(t.parent) for t in tables[:5])}."
+        )
+    return read_csv_scalars(tables[0])
+
+
+def read_csv_scalars(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Read steps and values by key from a file of ``CSVLogger``; what is no number is left out."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    keys = [key for key in (rows[0] if rows else ()) if key.startswith(f"{prefix}/")]
+        rows = csv.reader(file)
+        names = next(rows, [])
+        scalars: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names if name != "step"}
+        if "step" not in names:
+            return {}
+        step_at = names.index("step")
+        for row in rows:
+            step = float(row[step_at] or "nan")
+            for name, cell in zip(names, row, strict=False):
+                if cell and name != "step":
+                    try:
+                        value = float(cell)
+                    except ValueError:
+                        continue
+                    steps, values = scalars[name]
+                    steps.append(step)
+                    values.append(value)
+    return scalars
+
+
+def _read_tensorboard(root: Path) -> dict[str, tuple[list[float], list[float]]]:
+    folders = sorted({path.parent for path in root.rglob("events.out.tfevents.*")})
+    if not folders:
+        raise FileNotFoundError(
+            f"{root} holds neither `metrics.csv` nor TensorBoard's event files; give the `log_dir` of a logger."
+        )
+    if len(folders) > 1:
+        raise ValueError(
+            f"{root} holds {len(folders)} runs; give the folder of one: {', '.join(map(str, folders[:5]))}."
+        )
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - optional
+            LegacyEventFileLoader,
+        )
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Reading TensorBoard's files needs tensorboard, which is not installed; run `pip install tensorboard`."
+        ) from error
+    scalars: dict[str, tuple[list[float], list[float]]] = {}
+    for path in sorted(folders[0].glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                number = _number(value)
+                if number is not None:
+                    steps, values = scalars.setdefault(value.tag, ([], []))
+                    steps.append(float(event.step))
+                    values.append(number)
+    return scalars
+
+
+def _number(value: Any) -> float | None:
+    """Return a scalar of an event file, in either of the two forms that torch and TensorFlow write."""
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if value.HasField("tensor") and not value.tensor.tensor_shape.dim and value.tensor.float_val:
+        return float(value.tensor.float_val[0])
+    return None
+
+
+def history_of(
+    scalars: dict[str, tuple[list[float], list[float]]], prefix: str, folder: str | Path
+) -> dict[str, list[float]]:
+    """Join the series of a prefix by their steps; a value that a step lacks is NaN.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    keys = [key for key in scalars if key.startswith(f"{prefix}/")]
     if not keys:
         raise ValueError(
-            f"{path} holds no key that starts with {prefix + '/'!r}; was the model trained with "
+            f"{folder} holds no key that starts with {prefix + '/'!r}; was the model trained with "
             f"`GradientNoiseScaleCallback(prefix={prefix!r})` and for at least `log_every_n_steps` steps?"
         )
-    # the logger writes other metrics into rows of their own
-    rows = [row for row in rows if any(row[key] for key in keys)]
-    return {key: [float(row[key] or "nan") for row in rows] for key in ("step", *keys)}
+    # a resumed run may have logged a step twice: the later one stands
+    columns = {key: dict(zip(*scalars[key], strict=True)) for key in keys}
+    steps: Sequence[float] = sorted(set().union(*columns.values()))
+    joined = {key: [column.get(step, math.nan) for step in steps] for key, column in columns.items()}
+    return {"step": list(steps)} | joined

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.batch_size.tradeoff import examples_cost, steps_cost
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
-from lightning_wn.noise_scale.plotting import BATCH_SIZE_COLOR, draw_noise_scale, import_pyplot
+from lightning_wn.noise_scale.plotting import BATCH_SIZE_COLOR, GRID_COLOR, draw_noise_scale, import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SUGGESTION_COLOR = "#009E73"  # the bluish green of the palette in noise_scale/plotting.py
-_CURVE_COLOR = "0.35"
+SUGGESTION_COLOR = "#009E73"  # the bluish green of the palette in noise_scale/plotting.py
+_CURVE_COLOR = "0.5"  # readable on white and on black
 _LARGEST_COST = 1000.0
 
 
@@ -45,7 +45,7 @@ def plot_noise_scale(
         ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
         ValueError: If ``history`` lacks a key or its series differ in length.
     """
-    series = _series(history, prefix)
+    series = noise_scale_series(history, prefix)
     estimate = advice.estimate if isinstance(advice, BatchSizeAdvice) else advice
     figure: Figure
     figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(11.5, 4.7), layout="constrained")
@@ -73,7 +73,7 @@ def draw_tradeoff(ax: Any, estimate: NoiseScaleEstimate, suggested_batch_size: f
         name = "you are here, and this is the suggestion" if same else "you are here"
         marks.append((present, name, BATCH_SIZE_COLOR, "o", 11.0))
         if math.isfinite(suggested_batch_size) and not same:
-            marks.append((suggested_batch_size, "suggested", _SUGGESTION_COLOR, "D", 5.0))
+            marks.append((suggested_batch_size, "suggested", SUGGESTION_COLOR, "D", 5.0))
     # B/B_crit, the place on the curve, of everything that is drawn
     noise_scales = [x for x in (estimate.noise_scale, estimate.lower, estimate.upper) if 0 < x < math.inf]
     places = [size / noise_scale for size, *_ in marks for noise_scale in noise_scales]
@@ -126,7 +126,7 @@ def _set_up_axes(ax: Any, largest: float, estimate: NoiseScaleEstimate) -> None:
     ax.text(0.985, 0.135, "larger batches →", transform=ax.transAxes, ha="right", color=_CURVE_COLOR, fontsize=9)
     ax.text(0.135, 0.975, "↑ smaller batches", transform=ax.transAxes, va="top", color=_CURVE_COLOR, fontsize=9)
     ax.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9), frameon=False, fontsize=9)
-    ax.grid(visible=True, color="0.9", linewidth=0.8)
+    ax.grid(visible=True, color=GRID_COLOR, linewidth=0.8)
     ax.set_axisbelow(True)
 
 
@@ -134,7 +134,12 @@ def _level(estimate: NoiseScaleEstimate) -> str:
     return f"{estimate.confidence * 100:g} % interval"
 
 
-def _series(history: Mapping[str, Sequence[float]], prefix: str) -> list[Sequence[float]]:
+def noise_scale_series(history: Mapping[str, Sequence[float]], prefix: str) -> list[Sequence[float]]:
+    """Return the steps, the noise scale, the ends of its interval and the batch size.
+
+    Raises:
+        ValueError: If ``history`` lacks one, or they differ in length.
+    """
     names = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
     keys = ["step", *(f"{prefix}/{name}" for name in names)]
     missing = [key for key in keys if key not in history]

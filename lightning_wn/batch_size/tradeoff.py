@@ -8,6 +8,89 @@ B_crit, where both cost twice their minimum.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor that follows from the noise scale, with what the noise scale's interval makes of it.
+
+    Attributes:
+        value: At the noise scale itself.
+        lower: The smaller of its values at the two ends of the interval.
+        upper: The larger of them.
+    """
+
+    value: float
+    lower: float
+    upper: float
+
+    def scaled(self, factor: float) -> Factor:
+        """Return all three times a positive number."""
+        return Factor(self.value * factor, self.lower * factor, self.upper * factor)
+
+
+def carry_interval(rule: Callable[[float], float], noise_scale: float, lower: float, upper: float) -> Factor:
+    """Carry the interval of the noise scale through a rule that rises or falls with it all the way.
+
+    Every factor here is monotone in B_crit at fixed batch sizes, so that the ends of the interval go over into
+    the ends of the factor's interval, at the same confidence.
+
+    Args:
+        rule: From B_crit to a factor, monotone.
+        noise_scale: The estimate of B_crit.
+        lower: Lower end of its interval, from 0.
+        upper: Upper end, up to infinity.
+
+    Example:
+        >>> carry_interval(lambda critical: steps_factor(32, 128, critical), 128, 32, math.inf)
+        Factor(value=0.4, lower=0.25, upper=0.625)
+    """
+    ends = sorted((rule(lower), rule(upper)))
+    return Factor(rule(noise_scale), *ends)
+
+
+def target_within_examples(extra: float) -> float:
+    """Return the largest target θ that costs at most ``extra`` more examples than the fewest possible.
+
+    At B = θ·B_crit training takes E/E_min = 1 + θ examples and S/S_min = 1 + 1/θ steps, so θ is the extra itself.
+
+    Args:
+        extra: Share of the fewest possible examples, positive; 0.1 is 10 % more.
+
+    Raises:
+        ValueError: If ``extra`` is not a positive number.
+
+    Example:
+        >>> target = target_within_examples(0.1)
+        >>> examples_cost(target * 200, 200), steps_cost(target * 200, 200)
+        (1.1, 11.0)
+    """
+    if not 0 < extra < math.inf:
+        raise ValueError(f"`extra` must be a positive number, got {extra!r}; 0.1 allows 10 % more examples.")
+    return extra
+
+
+def check_target(target: float) -> None:
+    """Raise ValueError unless the target θ is a positive number."""
+    if not 0 < target < math.inf:
+        raise ValueError(
+            f"`target` must be a positive number, got {target!r}; it is the wished batch size over the noise scale: "
+            "1 costs twice the fewest examples, 0.1 costs 10 % more than the fewest."
+        )
+
+
+def efficiency(batch_size: float, critical_batch_size: float) -> float:
+    """Return E_min/E, the share of the examples that training at this batch size really needs.
+
+    The statistical efficiency of Qiao et al. (Pollux, OSDI 2021, section 3.1), beside the smallest batch.
+
+    Example:
+        >>> efficiency(32, 96)
+        0.75
+    """
+    return 1.0 / examples_cost(batch_size, critical_batch_size)
 
 
 def steps_cost(batch_size: float, critical_batch_size: float) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wn.batch_size.advice import BatchSizeAdvice, RunConfiguration, advise_batch_size
+from lightning_wn.batch_size.logged_history import LoggedHistory
+from lightning_wn.batch_size.logger_figures import add_margin_chart, log_figure_to
+from lightning_wn.batch_size.run_watch import RunWatch
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelector, as_selectors
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
@@ -29,6 +32,7 @@ from lightning_wn.noise_scale.metric import (
     synchronize_together,
 )
 from lightning_wn.noise_scale.optimizer_measurement import PRECONDITIONED, OptimizerMeasurement, ParameterChoice
+from lightning_wn.noise_scale.plotting import import_pyplot
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
     first_accumulation,
@@ -40,6 +44,9 @@ from lightning_wn.noise_scale.run_facts import (
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.noise_scale.selection import PROBES, choose_probe
 from lightning_wn.noise_scale.summary import WARNINGS, summary_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DEFAULT_EMA_DECAY = 0.99
 
@@ -100,6 +107,8 @@ class GradientNoiseScaleCallback(Callback):
         curvature_every_n_steps: Measure, every so many optimizer steps, the curvature-weighted noise scale
             B_noise = tr(HΣ)/(GᵀHG) by Hessian-vector products on a copy of the model; logged under ``curvature/``.
             One measurement costs about as much as 15 micro-batches. None does not measure it.
+        log_figure: Log the picture of :meth:`plot` to TensorBoard, W&B and MLflow at the end of a fit, and give
+            TensorBoard a chart of the noise scale with its interval. Needs matplotlib.
 
     Raises:
         ValueError: For arguments out of range, and before training starts for what cannot be measured:
@@ -131,6 +140,7 @@ class GradientNoiseScaleCallback(Callback):
         groups: dict[str, Sequence[ModuleSelector] | ModuleSelector] | None = None,
         preconditioned: bool = False,
         curvature_every_n_steps: int | None = None,
+        log_figure: bool = False,
     ) -> None:
         super().__init__()
         _check_arguments(probe, every_n_steps, ema_decay, half_life_steps)
@@ -148,6 +158,7 @@ class GradientNoiseScaleCallback(Callback):
         self.groups = groups
         self.preconditioned = preconditioned
         self.curvature_every_n_steps = curvature_every_n_steps
+        self.log_figure = log_figure
         self._choice = ParameterChoice(layers=layers, groups=dict(groups or {}), preconditioned=preconditioned)
         empty = GradientNoiseScale(groups=self._choice.names)
         size = empty.moments.numel() + empty.counts.numel()
@@ -199,20 +210,57 @@ class GradientNoiseScaleCallback(Callback):
                 found[start + (group or "total")] = self.estimate(index, group)
         return found
 
-    def advise(self, optimizer: int | None = None) -> BatchSizeAdvice:
+    def advise(
+        self, optimizer: int | None = None, *, target: float = 1.0, price_per_device_hour: float | None = None
+    ) -> BatchSizeAdvice:
         """Return a batch size to try, with what it would change; as of the last synchronisation.
+
+        The numbers are the same on every rank, except for the times, which are each rank's own.
 
         Args:
             optimizer: Position among the LightningModule's optimizers; None is the only one.
+            target: The wished batch size over the noise scale: 1 costs twice the fewest examples, 0.1 costs 10 % more
+                than the fewest.
+            price_per_device_hour: In any currency, for what other batch sizes would cost.
 
         Raises:
-            ValueError: If there are several optimizers and none is named.
+            ValueError: If there are several optimizers and none is named, or a number is not positive.
         """
         estimate = self.estimate(optimizer)
         # of the step that the batch size is of, whatever the Trainer's factor has become since
-        micro_batches, ranks = self._measurements[self._index_of(optimizer)].metric.micro_batches_and_ranks
+        index = self._index_of(optimizer)
+        measurement = self._measurements[index]
+        micro_batches, ranks = measurement.metric.micro_batches_and_ranks
         run = RunConfiguration(accumulate_grad_batches=micro_batches // ranks, num_ranks=ranks) if ranks else None
-        return advise_batch_size(estimate, run or RunConfiguration())
+        return advise_batch_size(
+            estimate,
+            run or RunConfiguration(),
+            self._watch.observed(
+                index, every_n_steps=measurement.every_n_steps, ema_decay=measurement.metric.ema_decay
+            ),
+            target=target,
+            price_per_device_hour=price_per_device_hour,
+        )
+
+    def plot(self, optimizer: int | None = None, *, target: float = 1.0) -> Figure:
+        """Draw what was measured and what it advises, in four panels; see :func:`~.run_plots.plot_run`.
+
+        Args:
+            optimizer: Position among the LightningModule's optimizers; None is the only one.
+            target: As in :meth:`advise`.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig("noise_scale.png")`` writes it.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
+            ValueError: If nothing was measured yet, or as in :meth:`advise`.
+        """
+        from lightning_wn.batch_size.run_plots import plot_run  # noqa: PLC0415 - matplotlib is optional
+
+        advice = self.advise(optimizer, target=target)
+        start = self._prefix_of(self._index_of(optimizer))
+        return plot_run(self._history.of(start, advice.estimate), advice, prefix=start)
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
@@ -258,6 +306,8 @@ class GradientNoiseScaleCallback(Callback):
         if not self._fitting:
             return
         require_lightning_trainer(trainer, type(self).__name__)
+        if self.log_figure:
+            import_pyplot()  # not only at the end that matplotlib is missing
         # Lightning restores the state after this hook
         self._start_afresh()
         self._accumulation = first_accumulation(trainer)
@@ -278,6 +328,7 @@ class GradientNoiseScaleCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the run; a checkpoint has been restored by now under every strategy."""
         self._trainer = trainer
+        self._watch.start(trainer, pl_module)
         # a checkpoint of a run with more optimizers is none of this one's
         del self._measurements[max(len(trainer.optimizers), 1) :]
         if self._restored_probe is None:
@@ -286,6 +337,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
+        self._watch.start_batch(trainer, batch_idx)
         self._stepped = False
         if self._restored_probe is not None:
             self._go_on_from_checkpoint(trainer, pl_module, self._restored_probe)
@@ -298,6 +350,7 @@ class GradientNoiseScaleCallback(Callback):
         for measurement in self._measurements:
             measurement.start_batch(trainer, pl_module, batch_idx)
             measuring |= measurement.measuring
+        self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
             count = count_examples(batch, self.batch_size_fn)
@@ -316,6 +369,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the optimizer's gradient, before clipping, and hand the step to the metric."""
+        self._watch.before_step()
         self._stepped = True
         for measurement, own in zip(self._measurements, trainer.optimizers, strict=False):
             if own is optimizer:
@@ -327,18 +381,30 @@ class GradientNoiseScaleCallback(Callback):
         """Synchronise and log at log steps."""
         if not self._stepped:
             return
+        self._watch.after_step(trainer)
         self._step_to_log = step_to_log(trainer)
         if is_log_step(trainer):
             self._synchronize(trainer)
             if log_interval(trainer):
                 self._log(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave validation out of the run's times."""
+        self._watch.interrupt()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave what lies between two epochs out of the run's times."""
+        self._watch.interrupt()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Synchronise, log and print the last estimate, and leave no hook behind."""
         self._detach()
+        self._watch.end(trainer)
         self._synchronize(trainer)
         if log_interval(trainer):
             self._log(trainer)
+        if self.log_figure and trainer.is_global_zero:
+            self._log_figures(trainer)
         if trainer.local_rank == 0:
             self._post_mail()
         for index, measurement in enumerate(self._measurements):
@@ -395,6 +461,7 @@ class GradientNoiseScaleCallback(Callback):
                 | {"steps": m.steps, "coverage": dict(zip(m.choice.covered, m.coverage, strict=True))}
                 for m in self._measurements
             ],
+            "history": self._history.state_dict(),
             "curvature": None if self._curvature is None else _metric_state(self._curvature.metric, (CURVATURE,)),
         }
 
@@ -406,6 +473,7 @@ class GradientNoiseScaleCallback(Callback):
         if not self._restores:
             return
         saved = state_dict["optimizers"]
+        self._history.load_state_dict(state_dict.get("history", {}))
         self._restored_probe = state_dict["probe"]
         if not self._fitting:
             # what was measured, and by what; a fit finds out for itself
@@ -436,6 +504,8 @@ class GradientNoiseScaleCallback(Callback):
 
     def _start_afresh(self) -> None:
         self._mailbox.collect()
+        self._watch = RunWatch()
+        self._history = LoggedHistory()
         self._curvature = None
         if self.curvature_every_n_steps is not None:
             metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
@@ -472,6 +542,9 @@ class GradientNoiseScaleCallback(Callback):
 
     def _start_of_key(self, optimizer: int) -> str:
         return f"optimizer_{optimizer}/" if len(self._measurements) > 1 else ""
+
+    def _prefix_of(self, optimizer: int) -> str:
+        return f"{self.prefix}/{self._start_of_key(optimizer)}".rstrip("/")
 
     def _has_measured(self) -> bool:
         self._collect_mail()
@@ -579,9 +652,17 @@ class GradientNoiseScaleCallback(Callback):
         if not values:
             return
         self._last_logged_step = self._step_to_log
+        self._history.append(self._step_to_log, values)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self._step_to_log)
+
+    def _log_figures(self, trainer: Trainer) -> None:
+        for index, measurement in enumerate(self._measurements):
+            if measurement.metric.num_measurements:
+                name = f"{self._prefix_of(index)}/figure"
+                log_figure_to(trainer.loggers, name, self.plot(index), step=self._step_to_log)
+        add_margin_chart(trainer.loggers, [self._prefix_of(index) for index in range(len(self._measurements))])
 
     def _post_mail(self) -> None:
         if len(self._measurements) > _MAX_OPTIMIZERS_BY_MAIL:

@@ -1,8 +1,13 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
-from made_up_estimates import make_advice
+from made_up_estimates import make_advice, make_estimate
+
+from lightning_wn.batch_size.advice import RunConfiguration, advise_batch_size
+from lightning_wn.batch_size.observed_run import ObservedRun
+from lightning_wn.batch_size.run_time import RunTime
 
 
 def test_suggests_the_reachable_size_nearest_to_the_noise_scale():
@@ -14,9 +19,9 @@ def test_suggests_the_reachable_size_nearest_to_the_noise_scale():
     assert advice.adam_learning_rate_factor == pytest.approx(advice.sgd_learning_rate_factor**0.5)
     text = str(advice)
     assert "Noise scale 130 examples (95 % interval 117 to 143; 400 measurements, batch size 32)." in text
-    assert "Try a batch size of 128 examples: accumulate_grad_batches=16 instead of 4." in text
+    assert "Try a batch size of 128 examples: accumulate_grad_batches=16 instead of 4, or 4 ranks instead of 1." in text
     assert "2.5x fewer steps and 1.6x the examples; learning rate x2.5 for SGD, x1.6 for Adam" in text
-    assert len(text.splitlines()) == 2
+    assert not advice.doubts
 
 
 def test_suggestions_below_the_present_size_cost_steps_and_save_examples():
@@ -98,6 +103,14 @@ def test_the_unit_is_the_users():
 
 def test_to_dict_is_plain():
     values = make_advice(130.0).to_dict()
+    # without NaN and Infinity, which are no JSON
+    assert json.dumps(make_advice(math.inf, 140.0, math.inf).to_dict(), allow_nan=False)
+    assert json.dumps(make_advice(100.0, 0.0, math.inf).to_dict(), allow_nan=False)
+    assert values["steps"] == {
+        "value": values["steps_factor"],
+        "lower": pytest.approx(0.36, 0.1),
+        "upper": pytest.approx(0.42, 0.1),
+    }
     assert json.loads(json.dumps(values))["configuration"] == {"accumulate_grad_batches": 4, "num_ranks": 1}
 
 
@@ -109,3 +122,125 @@ def test_the_nearest_size_may_lie_on_either_side(noise_scale, accumulate):
 def test_from_eight_times_the_present_size_it_is_far():
     assert "go part of the way" not in str(make_advice(31 * 8.0))
     assert "go part of the way" in str(make_advice(32 * 8.0))
+
+
+def test_the_interval_is_carried_through_to_each_factor():
+    advice = make_advice(128.0, 64.0, math.inf)
+    at = {end: (1 + end / 128) / (1 + end / 32) for end in (64.0, 128.0)}
+    assert advice.steps.value == pytest.approx(at[128.0])
+    assert (advice.steps.lower, advice.steps.upper) == pytest.approx((0.25, at[64.0]))
+    assert (advice.examples.lower, advice.examples.upper) == pytest.approx((1.0, (64 + 128) / (64 + 32)))
+
+
+class TestTarget:
+    def test_a_tenth_of_the_noise_scale_costs_a_tenth_more_examples(self):
+        advice = advise_batch_size(make_estimate(1280.0), RunConfiguration(accumulate_grad_batches=4), target=0.1)
+        assert advice.suggested_batch_size == 128
+        assert "0.1 times the noise scale training costs 1.1 times the fewest possible examples and 11 times" in str(
+            advice
+        )
+
+    def test_the_default_says_that_it_costs_twice_the_examples(self):
+        assert "costs twice the fewest possible examples" in str(make_advice(130.0))
+
+    @pytest.mark.parametrize("target", [0, -1.0, math.inf, math.nan])
+    def test_only_positive_numbers_are_targets(self, target):
+        with pytest.raises(ValueError, match="`target` must be a positive number"):
+            advise_batch_size(make_estimate(128.0), RunConfiguration(), target=target)
+
+
+class TestLearningRate:
+    """One factor is meant, and the optimizer tells which."""
+
+    @pytest.mark.parametrize(
+        ("rule", "name", "says", "hides"), [("sgd", "SGD", "x2.5 (", "x1.6"), ("adam", "AdamW", "x1.6 (", "x2.5 for")]
+    )
+    def test_of_the_runs_own_optimizer(self, rule, name, says, hides):
+        run = ObservedRun(optimizer=name, learning_rate_rule=rule)
+        advice = advise_batch_size(make_estimate(130.0), RunConfiguration(accumulate_grad_batches=4), run)
+        assert advice.learning_rate.value == getattr(advice, f"{rule}_learning_rate_factor")
+        assert f"{name}'s learning rate {says}" in str(advice)
+        assert hides not in str(advice).split("learning rate", 1)[1].splitlines()[0]
+
+    def test_the_noise_scale_depends_on_it(self):
+        assert "27 to 58 at the tuned rate of SGD and 188 at a quarter of it" in str(make_advice(130.0))
+
+
+class TestHours:
+    TIME = RunTime(micro_batch_seconds=0.5, step_seconds=1.0, num_steps=100)  # 3 s a step of 4 micro-batches
+    RUN = ObservedRun(num_steps=500, planned_steps=1200, time=TIME)  # 1 hour in all
+
+    def advise(self, **kwargs):
+        configuration = RunConfiguration(accumulate_grad_batches=4, num_ranks=kwargs.pop("ranks", 1))
+        return advise_batch_size(make_estimate(128.0), configuration, self.RUN, **kwargs)
+
+    def test_by_accumulation(self):
+        by_size = {candidate.batch_size: candidate for candidate in self.advise().candidates}
+        assert list(by_size) == [8, 16, 32, 64, 128, 256, 512]
+        assert by_size[32].hours.value == pytest.approx(1.0)
+        # 16 micro-batches and one step: 9 s, and 0.4 of the steps
+        assert by_size[128].hours.value == pytest.approx(0.4 * 9 / 3)
+        assert by_size[8].hours.value == pytest.approx((1 + 128 / 8) / (1 + 128 / 32) * 1.5 / 3)
+
+    def test_on_more_ranks_a_step_takes_as_long_as_now(self):
+        advice = self.advise(ranks=2)
+        (four_times,) = (c for c in advice.more_ranks if c.batch_size == 128)
+        assert (four_times.num_ranks, four_times.accumulate_grad_batches) == (8, 4)
+        assert four_times.hours.value == pytest.approx(0.4)
+        assert four_times.device_hours.value == pytest.approx(0.4 * 8)
+
+    def test_goodput_is_throughput_times_efficiency(self):
+        now = next(c for c in self.advise().candidates if c.batch_size == 32)
+        assert now.goodput == pytest.approx(32 / 3 * 1 / (1 + 32 / 128))
+        # to the same loss the needed examples are the same: time goes with one over goodput
+        for other in self.advise().candidates:
+            assert other.time.value == pytest.approx(now.goodput / other.goodput)
+
+    def test_a_price_gives_money(self):
+        cost = {c.batch_size: c.cost.value for c in self.advise(ranks=2, price_per_device_hour=3.0).candidates}
+        assert cost[32] == pytest.approx(6.0)
+        assert "cost" in str(self.advise(price_per_device_hour=3.0))
+        with pytest.raises(ValueError, match="`price_per_device_hour` must be a positive number or None, got -1"):
+            self.advise(price_per_device_hour=-1)
+
+    def test_the_assumptions_are_named(self):
+        text = str(self.advise())
+        assert "0.5 s a micro-batch and 1 s a step beside" in text
+        assert "1,200 steps" in text
+        assert "on more ranks if these stay what they are" in text
+        assert "60 min" in text or "1.0 h" in text
+
+    def test_without_times_there_are_no_hours(self):
+        assert all(candidate.hours is None and candidate.goodput is None for candidate in make_advice(128.0).candidates)
+
+
+class TestDoubts:
+    def doubts(self, estimate=None, **run):
+        configuration = RunConfiguration(accumulate_grad_batches=4)
+        return " ".join(advise_batch_size(estimate or make_estimate(128.0), configuration, ObservedRun(**run)).doubts)
+
+    def test_none_without_a_reason(self):
+        assert not self.doubts(num_steps=5000, planned_steps=10000, micro_batches_per_epoch=10_000)
+
+    def test_few_steps(self):
+        assert "just begun (99 steps)" in self.doubts(num_steps=99)
+        assert not self.doubts(num_steps=100)
+        assert "just begun (400 steps)" in self.doubts(num_steps=400, planned_steps=10_000)
+
+    def test_a_learning_rate_that_rises(self):
+        assert "learning rate is still rising" in self.doubts(num_steps=5000, learning_rate_rises=True)
+
+    def test_a_part_of_the_parameters(self):
+        assert "Only 50% of the parameters" in self.doubts(replace(make_estimate(128.0), coverage=0.5))
+
+    def test_batches_near_the_size_of_the_data(self):
+        # micro-batches of 8: an epoch of 40 holds 320
+        assert "40% of an epoch (320 examples)" in self.doubts(micro_batches_per_epoch=40)
+        assert not self.doubts(micro_batches_per_epoch=80)
+
+
+def test_logs_do_not_tell_the_accumulation():
+    advice = advise_batch_size(make_estimate(130.0), RunConfiguration(accumulate_grad_batches=None))
+    assert (advice.suggested_batch_size, advice.suggested_accumulate_grad_batches) == (130, 0)
+    assert "Try a batch size of 130 examples: 4.1 times the present one." in str(advice)
+    assert "accumulate" not in str(advice)

@@ -3,12 +3,16 @@ import math
 import pytest
 
 from lightning_wn.batch_size.tradeoff import (
+    Factor,
     adam_learning_rate_factor,
+    carry_interval,
+    efficiency,
     examples_cost,
     examples_factor,
     sgd_learning_rate_factor,
     steps_cost,
     steps_factor,
+    target_within_examples,
 )
 
 
@@ -45,3 +49,30 @@ def test_limits_of_the_critical_batch_size():
     assert examples_factor(32, 8, 0) == 0.25
     assert steps_factor(32, 8, 0) == 1
     assert math.isnan(steps_factor(32, 8, math.nan))
+
+
+@pytest.mark.parametrize("rule", [steps_factor, examples_factor, sgd_learning_rate_factor, adam_learning_rate_factor])
+@pytest.mark.parametrize(("old", "new"), [(32, 128), (128, 32)])
+def test_no_noise_scale_in_the_interval_gives_a_factor_outside(rule, old, new):
+    factor = carry_interval(lambda critical: rule(old, new, critical), 90, 20, 400)
+    inside = [rule(old, new, critical) for critical in range(20, 401)]
+    assert (factor.lower, factor.upper) == (min(inside), max(inside))
+    assert factor.lower < factor.value < factor.upper
+
+
+def test_open_intervals_carry_through():
+    factor = carry_interval(lambda critical: efficiency(32, critical), 96, 0, math.inf)
+    assert factor == Factor(0.75, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("extra", [0.1, 1.0, 3.0])
+def test_the_largest_target_for_so_many_more_examples(extra):
+    target = target_within_examples(extra)
+    assert examples_cost(target * 77, 77) == pytest.approx(1 + extra)
+    assert examples_cost(1.01 * target * 77, 77) > 1 + extra
+
+
+@pytest.mark.parametrize("extra", [0, -0.1, math.nan, math.inf])
+def test_more_examples_must_be_more(extra):
+    with pytest.raises(ValueError, match="`extra` must be a positive number"):
+        target_within_examples(extra)

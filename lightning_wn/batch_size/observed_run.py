@@ -1,0 +1,41 @@
+"""What the callback saw of a run, beside its gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_wn.batch_size.learning_rate_rule import LearningRateRule
+from lightning_wn.batch_size.run_time import RunTime
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedRun:
+    """What advice on the batch size can use of a run.
+
+    Attributes:
+        optimizer: The optimizer's class.
+        learning_rate_rule: Whether its learning rate scales like that of SGD or of Adam; None where that is not known.
+        learning_rate_rises: Whether the learning rate was higher after the last step than before: a warm-up.
+        num_steps: Optimizer steps so far; None where they were not counted.
+        planned_steps: Optimizer steps that the run takes in all; infinite where it has no end of its own.
+        micro_batches_per_epoch: On one rank; infinite where an epoch has no end.
+        every_n_steps: One in so many optimizer steps is measured.
+        ema_decay: Weight of the past per measurement; NaN where it is not known, as from logs.
+        time: What micro-batches and optimizer steps take; None while it is not known.
+    """
+
+    optimizer: str = ""
+    learning_rate_rule: LearningRateRule | None = None
+    learning_rate_rises: bool = False
+    num_steps: int | None = None
+    planned_steps: float = math.inf
+    micro_batches_per_epoch: float = math.inf
+    every_n_steps: int = 1
+    ema_decay: float = 1.0
+    time: RunTime | None = None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run if it has an end, else those so far."""
+        return int(self.planned_steps) if math.isfinite(self.planned_steps) else self.num_steps

@@ -1,0 +1,233 @@
+"""One HTML page about a finished run, from what its logger wrote."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+from lightning_wn.batch_size.advice import BatchSizeAdvice, advise_batch_size
+from lightning_wn.batch_size.candidates import RunConfiguration
+from lightning_wn.batch_size.downsample import downsample
+from lightning_wn.batch_size.forecast import bin_points, fit_forecast, score_forecast
+from lightning_wn.batch_size.history import history_of, read_scalars
+from lightning_wn.batch_size.loss_points import loss_points
+from lightning_wn.batch_size.observed_run import ObservedRun
+from lightning_wn.batch_size.run_plots import plot_run
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
+from lightning_wn.noise_scale.plotting import import_pyplot
+
+_MAX_POINTS = 2500
+_LOSS_KEYS = ("train_loss", "train/loss", "loss", "training_loss", "train_loss_step", "train/loss_step", "loss_step")
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1d1f21; --back: #ffffff; --quiet: #5f6368; --line: #d9dce0; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --back: #15181c; --quiet: #9aa0a6; --line: #3a3f45; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+       max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.quiet { color: var(--quiet); } img { width: 100%; height: auto; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .9rem; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } td:last-child { text-align: left; }
+"""
+
+
+def write_report(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    prefix: str = "gns",
+    unit: str = "examples",
+    target: float = 1.0,
+    accumulate_grad_batches: int | None = None,
+    num_ranks: int = 1,
+    confidence: float = 0.95,
+    loss: str | None = None,
+) -> Path:
+    """Write a page with the figures and the advice of a run that was logged with TensorBoard or CSV files.
+
+    Everything is in the one file, for light and dark screens. Long runs are drawn with fewer points, every peak and
+    dip kept.
+
+    Args:
+        folder: The logger's ``log_dir``, or a folder above a single one.
+        output: The file to write.
+        prefix: Start of the logged keys.
+        unit: What the batch size counts.
+        target: The wished batch size over the noise scale.
+        accumulate_grad_batches: That of the run, for advice in its terms; the logs do not tell.
+        num_ranks: Data-parallel ranks of the run.
+        confidence: Level of the logged interval, as given to the callback.
+        loss: Key of the logged training loss for the forecast; by default one of the usual names.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: If no logger has written there.
+        ModuleNotFoundError: If matplotlib is missing, or tensorboard where only its files are there.
+        ValueError: If nothing was logged under the prefix, several runs lie there, or there is no such loss.
+    """
+    scalars = read_scalars(folder)
+    history = history_of(scalars, prefix, folder)
+    keep = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size", "grad_sq_norm", "cov_trace")
+    own = {key: history[key] for key in ("step", *(f"{prefix}/{name}" for name in keep)) if key in history}
+    estimate = _last_estimate(own, prefix=prefix, unit=unit, confidence=confidence, folder=folder)
+    advice = advise_batch_size(
+        estimate,
+        RunConfiguration(accumulate_grad_batches=accumulate_grad_batches, num_ranks=num_ranks),
+        ObservedRun(ema_decay=math.nan),
+        target=target,
+    )
+    drawn = downsample(own, _MAX_POINTS)
+    forecast = _forecast(scalars, own, prefix=prefix, unit=unit, loss=loss)
+    name = Path(folder).resolve().name
+    steps = own["step"]
+    page = "\n".join(
+        [
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Gradient noise scale of {html.escape(name)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>Gradient noise scale of {html.escape(name)}</h1>",
+            f'<p class="quiet">{len(steps):,} logged points, steps {steps[0]:,.0f} to {steps[-1]:,.0f}</p>',
+            "<h2>Advice</h2>",
+            f"<p>At the last logged step the noise scale was {format_count(estimate.noise_scale)} {html.escape(unit)} "
+            f"({confidence * 100:g} % interval {format_count(estimate.lower)} to {format_count(estimate.upper)}), and "
+            f"the batch size {format_count(estimate.batch_size)}.</p>",
+            *(f"<p>{html.escape(line)}</p>" for line in advice.sentences()),
+            _candidate_table(advice),
+            "<h2>The run</h2>",
+            _picture(drawn, advice, prefix),
+            "<h2>Forecast</h2>",
+            *(f"<p>{html.escape(line)}</p>" for line in forecast),
+            "</body></html>",
+        ]
+    )
+    path = Path(output)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _last_estimate(
+    history: Mapping[str, Sequence[float]], *, prefix: str, unit: str, confidence: float, folder: str | Path
+) -> NoiseScaleEstimate:
+    """Build the last logged estimate; how many measurements were behind it was not logged."""
+    names = ("grad_sq_norm", "cov_trace", "noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
+    missing = [f"{prefix}/{name}" for name in names if f"{prefix}/{name}" not in history]
+    if missing:
+        raise ValueError(
+            f"{folder} holds no {missing}; give the prefix of one noise scale, such as '{prefix}/optimizer_0' where "
+            "there are several optimizers."
+        )
+    grad_sq_norm, cov_trace, noise_scale, lower, upper, batch_size = (history[f"{prefix}/{name}"][-1] for name in names)
+    return NoiseScaleEstimate(
+        grad_sq_norm=grad_sq_norm,
+        cov_trace=cov_trace,
+        noise_scale=noise_scale,
+        lower=lower,
+        upper=upper,
+        batch_size=batch_size,
+        num_measurements=len(history["step"]),
+        coverage=1.0,
+        unit=unit,
+        probe="",
+        confidence=confidence,
+    )
+
+
+def _candidate_table(advice: BatchSizeAdvice) -> str:
+    if not advice.candidates:
+        return ""
+    unit = html.escape(advice.estimate.unit)
+    accumulates = advice.configuration.accumulate_grad_batches is not None
+    heads = ["batch size", *(["accumulate_grad_batches"] if accumulates else []), "steps", unit, "efficiency", ""]
+    rows = []
+    for candidate in advice.candidates:
+        names = {advice.estimate.batch_size: "now", advice.suggested_batch_size: "suggested"}
+        if advice.estimate.batch_size == advice.suggested_batch_size:
+            names[advice.suggested_batch_size] = "now and suggested"
+        spans = [f"x{factor.value:.2g} ({factor.lower:.2g} to {factor.upper:.2g})"
+                 for factor in (candidate.steps, candidate.examples)]  # fmt: skip
+        rows.append(
+            [
+                format_count(candidate.batch_size),
+                *([str(candidate.accumulate_grad_batches)] if accumulates else []),
+                *spans,
+                f"{candidate.efficiency.value:.0%}",
+                names.get(candidate.batch_size, ""),
+            ]
+        )
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _picture(history: Mapping[str, Sequence[float]], advice: BatchSizeAdvice, prefix: str) -> str:
+    """Return the figure twice, for light and dark, of which a browser takes one."""
+    light, dark = (_as_data(history, advice, prefix, theme) for theme in ("light", "dark"))
+    text = "Noise scale over steps, its two parts, the trade-off curve, and the efficiency of other batch sizes."
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{text}"></picture>'
+    )
+
+
+def _as_data(
+    history: Mapping[str, Sequence[float]], advice: BatchSizeAdvice, prefix: str, theme: Literal["light", "dark"]
+) -> str:
+    plt = import_pyplot()
+    figure = plot_run(history, advice, prefix=prefix, theme=theme)
+    data = BytesIO()
+    # the same page for the same run
+    with plt.rc_context({"svg.hashsalt": "lightning_wn"}):
+        figure.savefig(data, format="svg", metadata={"Date": None}, facecolor=figure.get_facecolor())
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def _forecast(
+    scalars: Mapping[str, tuple[list[float], list[float]]],
+    history: Mapping[str, Sequence[float]],
+    *,
+    prefix: str,
+    unit: str,
+    loss: str | None,
+) -> list[str]:
+    """Say what noise scale the run is heading for, or why that cannot be said."""
+    if loss is not None and loss not in scalars:
+        raise ValueError(f"`loss={loss!r}` was not logged; give one of {sorted(scalars)}.")
+    key = loss or next((name for name in _LOSS_KEYS if name in scalars), None)
+    if key is None:
+        return ["No forecast: no training loss was found among the logged keys; name it with --loss."]
+    points = bin_points(loss_points(history, *scalars[key], prefix=prefix))
+    try:
+        forecast = fit_forecast(points)
+    except ValueError as error:
+        return [f"No forecast: {error}"]
+    lines = [f"With the loss {key!r}: {forecast}."]
+    for share in (0.75, 0.5):
+        ahead = forecast.at(share * points[-1].loss)
+        lines.append(
+            f"At a loss of {ahead.loss:.3g}, {1 - share:.0%} below the last, it predicts a noise scale of "
+            f"{format_count(ahead.noise_scale)} {unit} ({forecast.confidence * 100:g} % interval "
+            f"{format_count(ahead.lower)} to {format_count(ahead.upper)})."
+        )
+    try:
+        score = score_forecast(points)
+    except ValueError:
+        return [*lines, "Too few points to check it on a part of the run that was held out."]
+    lines.append(
+        f"Fitted on the first half of the points it was off by a factor of {score.error_factor:.2g} on the second, "
+        f"{score.inside:.0%} of {score.num_held_out} in the interval; a noise scale that stays what it was would have "
+        f"been off by {score.constant_error_factor:.2g}."
+    )
+    if not math.isfinite(score.error_factor) or score.error_factor >= score.constant_error_factor:
+        lines.append("It did no better than that: do not rely on it here.")
+    return lines
