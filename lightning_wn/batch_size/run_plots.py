@@ -112,7 +112,8 @@ def draw_moments(ax: Any, history: Mapping[str, Sequence[float]], *, prefix: str
     ax.set_title("What it is the ratio of: tr(Σ) over |G|²", fontsize=11)
     ax.set_xlabel("optimizer step")
     ax.grid(visible=True, color=GRID_COLOR, linewidth=0.8)
-    ax.legend(handles=lines, frameon=False)
+    # on the axis that is drawn last, so that no line runs through it
+    sides[1].legend(handles=lines, framealpha=0.85, edgecolor="none", loc="lower right")
 
 
 def draw_efficiency(ax: Any, advice: BatchSizeAdvice) -> None:

@@ -47,7 +47,7 @@ def test_four_panels():
     figure = plot_run(make_history(), advice)
     noise_scale, moments, tradeoff, efficiency, second = figure.axes
     assert labels(noise_scale) == ["its interval", "noise scale", "batch size in use"]
-    assert labels(moments) == ["|G|²", "tr(Σ)"]
+    assert labels(second) == ["|G|²", "tr(Σ)"]
     assert math.isnan(moments.get_lines()[0].get_ydata()[0]), "a negative |G|² is a gap"
     assert second.get_lines()[0].get_ydata()[3] == 63.0
     assert any("you are here" in label for label in labels(tradeoff))
