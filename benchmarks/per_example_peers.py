@@ -176,6 +176,7 @@ def try_out(tool: str, body: nn.Module, x: Tensor, labels: Tensor) -> tuple[Step
         return step, step()
     except ImportError as error:
         print(f"  {tool}: skipped, not installed ({first_line(error)})")
+    # each tool says in its own way that it cannot
     except (AssertionError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         print(f"  {tool}: does not support this model ({type(error).__name__}: {first_line(error)})")
     return None

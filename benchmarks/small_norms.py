@@ -31,7 +31,8 @@ def variances(gradients: Tensor, size: int, count: int, windows: int = 3000) -> 
         norms, mean = samples.square().sum(1), float(samples.mean(0).square().sum())
         for every, small in ((True, float(norms.mean())), (False, float(norms[0]))):
             pairs[every].append(solve_noise_scale(small, mean, 1 / size, 1 / (size * count)))
-    return tuple(torch.tensor(pairs[every], dtype=torch.float64).var(0).tolist() for every in (True, False))  # type: ignore[return-value]
+    every, first = (torch.tensor(pairs[kind], dtype=torch.float64).var(0).tolist() for kind in (True, False))
+    return every, first
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import lightning as L
@@ -9,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 QUIET = {
     "logger": False,
@@ -30,6 +31,12 @@ def loader(data: TensorDataset, batch_size: int = 32, *, drop_last: bool = True,
     """Shuffled batches from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size, shuffle=True, drop_last=drop_last, generator=generator)
+
+
+def in_order(data: Dataset, ranks: int) -> DataLoader:
+    """Batches of 16 of this rank's examples r, r + ranks, ..., in the order of the data."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return DataLoader(data, 16, sampler=DistributedSampler(data, ranks, rank, shuffle=False))
 
 
 def first_length(batch: Sequence[Tensor]) -> int:

@@ -21,7 +21,6 @@ from lightning_wn.batch_size.accumulation_rule import (
     needs_noise_scale,
 )
 from lightning_wn.batch_size.adaptive_checks import (
-    callbacks_of,
     check_counting,
     check_schedule_alone,
     check_steps,
@@ -41,6 +40,7 @@ from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.mailbox import Mailbox
 from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step, log_interval, step_to_log
+from lightning_wn.trainer_callbacks import callbacks_of
 
 _CLOCKS = ("auto", "batches", "steps")
 
@@ -425,7 +425,7 @@ class AdaptiveBatchSizeCallback(Callback):
         counted = float(self._counted_here)
         self._counted_here = 0.0
         if trainer.world_size > 1:
-            replicas = trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # type: ignore[attr-defined]
+            replicas = trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # type: ignore[attr-defined]  # of all with ranks
             if together:
                 here = torch.tensor(counted, dtype=torch.float64, device=trainer.strategy.root_device)
                 counted = float(trainer.strategy.reduce(here, reduce_op="sum")) / trainer.world_size

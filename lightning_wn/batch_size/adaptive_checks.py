@@ -16,6 +16,7 @@ from lightning_wn.batch_size.schedule import AccumulationSchedule
 from lightning_wn.batch_size.scheduler_clock import step_schedulers
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
+from lightning_wn.trainer_callbacks import callbacks_of
 
 
 def check_steps(name: str, value: object, least: int) -> None:
@@ -157,8 +158,3 @@ def warn_of_steps(trainer: Trainer, *, by_batches: bool, shrinks: bool) -> None:
             "for Lightning steps them at every optimizer step; use `interval='epoch'`, or start with a lower "
             "`accumulate_grad_batches`."
         )
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the Trainer's callbacks."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set outside Trainer.__init__

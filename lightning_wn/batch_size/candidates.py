@@ -108,7 +108,9 @@ def make_candidate(
         if run.total_steps:
             hours = time.scaled(run.total_steps * now / 3600.0)
             device_hours = hours.scaled(ranks)
-    priced = device_hours is not None and price_per_device_hour is not None
+    cost = None
+    if device_hours is not None and price_per_device_hour is not None:
+        cost = device_hours.scaled(price_per_device_hour)
     return Candidate(
         batch_size=batch_size,
         accumulate_grad_batches=accumulate,
@@ -120,7 +122,7 @@ def make_candidate(
         time=time,
         hours=hours,
         device_hours=device_hours,
-        cost=device_hours.scaled(price_per_device_hour) if priced else None,  # type: ignore[union-attr, arg-type]
+        cost=cost,
     )
 
 

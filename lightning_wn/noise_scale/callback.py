@@ -332,8 +332,7 @@ class GradientNoiseScaleCallback(Callback):
         # a checkpoint of a run with more optimizers is none of this one's
         del self._measurements[max(len(trainer.optimizers), 1) :]
         if self._restored_probe is None:
-            self._settle_cadence()
-            self._warn_if_approximate()
+            self._settle_probe()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
@@ -571,12 +570,8 @@ class GradientNoiseScaleCallback(Callback):
             self._choose_probe(trainer, pl_module, wrapped=True)
         if before != self._probe_name:
             self._restored_every_n_steps = None
-            if bool(PROBES[before].approximate) != bool(PROBES[self._probe_name].approximate):
-                # one estimate is either exact or not
-                for measurement in self._measurements:
-                    measurement.metric.reset()
-        self._settle_cadence()
-        self._warn_if_approximate()
+            self._keep_what_fits(before)
+        self._settle_probe()
 
     def _choose_probe_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow a change of the accumulation factor, on every rank alike."""
@@ -584,19 +579,23 @@ class GradientNoiseScaleCallback(Callback):
         name = choose_probe(self.probe, trainer, pl_module, self._accumulation)
         if name == self._probe_name:
             return
-        self._probe_name = name
+        before, self._probe_name = self._probe_name, name
+        self._keep_what_fits(before)
         for measurement in self._measurements:
             probe = PROBES[name]()
             # training has gone on for a while: it must not stop for a measurement
             probe.strict = False
-            if bool(probe.approximate) != bool(measurement.probe.approximate):
-                # one estimate is either exact or not
-                measurement.metric.reset()
             measurement.take_probe(probe)
-        self._settle_cadence()
-        self._warn_if_approximate()
+        self._settle_probe()
 
-    def _settle_cadence(self) -> None:
+    def _keep_what_fits(self, before: str) -> None:
+        """Forget what another probe measured if only one of the two is exact: one estimate is either exact or not."""
+        if bool(PROBES[before].approximate) != bool(PROBES[self._probe_name].approximate):
+            for measurement in self._measurements:
+                measurement.metric.reset()
+
+    def _settle_probe(self) -> None:
+        """Set what depends on the probe, and say it where that is approximate."""
         for measurement in self._measurements:
             probe = measurement.probe
             every_n_steps = self.every_n_steps or self._restored_every_n_steps or probe.default_every_n_steps
@@ -609,8 +608,6 @@ class GradientNoiseScaleCallback(Callback):
             measurement.metric.checksum_tolerance = 0.05 if rounded else 0.01
         # the number belongs to the probe that it was chosen for
         self._restored_every_n_steps = None
-
-    def _warn_if_approximate(self) -> None:
         probe = self._measurements[0].probe
         if probe.approximate:
             rank_zero_warn(

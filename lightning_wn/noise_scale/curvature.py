@@ -48,7 +48,7 @@ def curvature_samples(
         33.0
     """
     with _twice_differentiable(), torch.enable_grad():
-        slopes = _gradients(hessian_loss(), parameters, create_graph=True)
+        slopes = gradients_or_zeros(hessian_loss(), parameters, create_graph=True)
         if _ends_in_an_error(slopes):
             raise _not_twice("the model has an operation that is marked `once_differentiable`")
         device = parameters[0].device
@@ -58,7 +58,7 @@ def curvature_samples(
         forms: list[Tensor] = []
         sizes: list[float | Tensor] = []
         for loss, size in losses:
-            gradients = _gradients(loss(), parameters)
+            gradients = gradients_or_zeros(loss(), parameters)
             products = _hessian_product(slopes, parameters, gradients)
             forms.append(_dot(gradients, products, dtype))
             sizes.append(size)
@@ -85,7 +85,8 @@ def copy_for_measuring(model: nn.Module) -> nn.Module:
     return copied.train()
 
 
-def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
+def gradients_or_zeros(loss: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
+    """Return the gradient of the loss by each parameter, zeros where it does not depend on one."""
     found = torch.autograd.grad(loss, list(parameters), allow_unused=True, create_graph=create_graph)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 

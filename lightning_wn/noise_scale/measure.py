@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
-from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_samples
+from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_samples, gradients_or_zeros
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.noise_scale.norms import sum_of_squares
@@ -132,8 +132,7 @@ def _mean_gradient_samples(
     total: list[Tensor] = []
     sq_norms = []
     for loss, _ in batches:
-        found = torch.autograd.grad(loss(), parameters, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        gradients = gradients_or_zeros(loss(), parameters)
         sq_norms.append(sum_of_squares(gradients, like))
         if total:
             torch._foreach_add_(total, gradients)

@@ -168,9 +168,10 @@ class OptimizerMeasurement:
     def before_backward(self, loss: Tensor, model: LightningModule) -> None:
         """Let the probe record this backward pass."""
         if self._manual:
-            self._before_manual_backward(model)
-            self._marks_before = self._gradient_marks()
+            self._begin_late(model)
         if self.measuring:
+            if not self._alone:
+                self._marks_before = self._gradient_marks()
             self.probe.before_backward(loss)
 
     def after_backward(self, trainer: Trainer, model: LightningModule) -> None:
@@ -254,19 +255,13 @@ class OptimizerMeasurement:
             self._trainable = trainable
         return self._measured
 
-    def _before_manual_backward(self, model: LightningModule) -> None:
+    def _begin_late(self, model: LightningModule) -> None:
+        """Start a further step on the same batch, or anew where the gradients were zeroed, after the forward pass."""
+        goes_on = self._is_open and not (self.measuring and self.num_micro_batches and self._was_changed())
         # `toggle_optimizer` of another one switches these parameters off: this pass cannot reach them
-        if not self.parameters:
+        if goes_on or not self.parameters:
             return
-        if not self._is_open:  # a further step on the same batch
-            self._open(self.steps, model)
-            self._begin_late()
-        elif self.measuring and self.num_micro_batches and self._was_changed():
-            # what came before is no part of the step
-            self._open(self.steps, model)
-            self._begin_late()
-
-    def _begin_late(self) -> None:
+        self._open(self.steps, model)
         self.measuring &= not self.probe.watches_forward
 
     def _gradient_marks(self) -> list[tuple[int, int] | None]:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_wn.trainer_callbacks import callbacks_of
 from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
 
 _SYNC_STEPS_WITHOUT_LOGGING = 50
@@ -33,7 +34,7 @@ def log_interval(trainer: Trainer) -> int:
 
 def first_accumulation(trainer: Trainer) -> int:
     """Return the micro-batches of the first optimizer step, as far as it is known before training starts."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside Trainer.__init__
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             return int(callback.get_accumulate_grad_batches(trainer.current_epoch))
     return int(trainer.accumulate_grad_batches)
@@ -52,7 +53,7 @@ def is_log_step(trainer: Trainer) -> bool:
 def largest_accumulation(trainer: Trainer) -> int:
     """Return the most micro-batches per optimizer step that the run is known to reach."""
     factors = [trainer.accumulate_grad_batches]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside Trainer.__init__
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             factors += callback.scheduling.values()
     return max(factors)

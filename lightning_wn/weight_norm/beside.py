@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_wn.trainer_callbacks import callbacks_of
 from lightning_wn.weight_norm.cache import forget
 from lightning_wn.weight_norm.chains import g_and_v, is_sharded, weight_norm_chains, weight_norm_in, weight_norm_of
 from lightning_wn.weight_norm.mean_only_batch_norm import folded_bias, mean_only_of
@@ -189,5 +190,5 @@ class ExactResume:
 
     @staticmethod
     def _copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        callbacks = callbacks_of(trainer)
         return model_copies(pl_module, callbacks)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
+from lightning_wn.trainer_callbacks import callbacks_of
 from lightning_wn.weight_norm.beside import ExactResume, model_copies
 from lightning_wn.weight_norm.chains import reshard
 from lightning_wn.weight_norm.checkpoint import fold_on_load
@@ -30,7 +31,6 @@ from lightning_wn.weight_norm.mean_only_batch_norm import (
 )
 from lightning_wn.weight_norm.optimizers import check_optimizers
 from lightning_wn.weight_norm.refusals import (
-    callbacks_of,
     refuse_averages_without_means,
     refuse_copied_model,
     refuse_sharded_form,

@@ -10,17 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
+from lightning_wn.trainer_callbacks import callbacks_of
 from lightning_wn.weight_norm.chains import is_sharded, weight_norm_chains
 from lightning_wn.weight_norm.mean_only_batch_norm import MeanOnlyBatchNorm
 
 # callbacks of Lightning that copy the model in their own `setup`, and later pair parameters by position
 _COPIES_MODEL = ("WeightAveraging", "StochasticWeightAveraging")
-
-
-def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
-    """Return the callbacks of a Trainer."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-    return callbacks
 
 
 def _is_lightnings(callback: Callback, names: Sequence[str]) -> bool:

@@ -18,12 +18,12 @@ import lightning as L
 import pytest
 import torch
 from count_ops import CountOps
-from frozen_digits import QUIET, DigitsMLP, digits, loader
+from frozen_digits import QUIET, DigitsMLP, digits, in_order, loader
 from gan import GAN, gan_data
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
 
@@ -184,16 +184,10 @@ def unused_parameters(folder):
     return result(measure(steps=20, model=Sometimes(), strategy=strategy))
 
 
-def in_order(data):
-    """Batches of 16; rank r has the examples r, r + 2, ..."""
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return DataLoader(data, 16, sampler=DistributedSampler(data, 2, rank, shuffle=False))
-
-
 def groups(folder):
     """One step, in the order of the data."""
-    callback = measure(steps=1, data=in_order(digits(64)), groups={"first": "net.0", "bias": "*.bias"})
-    part = measure(steps=1, data=in_order(digits(64)), layers="net.2")
+    callback = measure(steps=1, data=in_order(digits(64), 2), groups={"first": "net.0", "bias": "*.bias"})
+    part = measure(steps=1, data=in_order(digits(64), 2), layers="net.2")
     return [asdict(callback.estimate(group=group)) for group in (None, "first", "bias")] + [asdict(part.estimate())]
 
 
@@ -204,7 +198,7 @@ def two_networks(folder):
         strategy = DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
         callback = GradientNoiseScaleCallback(every_n_steps=1)
         trainer = two_ranks([callback], strategy, max_steps=2)
-        trainer.fit(GAN(toggle=toggle, set_to_none=set_to_none), in_order(gan_data()))
+        trainer.fit(GAN(toggle=toggle, set_to_none=set_to_none), in_order(gan_data(), 2))
         said.append([asdict(callback.estimate(index)) for index in (0, 1)])
     return said
 

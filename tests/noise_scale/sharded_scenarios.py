@@ -18,7 +18,7 @@ import lightning as L
 import pytest
 import torch
 from count_ops import CountOps
-from frozen_digits import QUIET, DigitsMLP, digits, loader
+from frozen_digits import QUIET, DigitsMLP, digits, in_order, loader
 from gan import GAN, gan_data
 from lightning.pytorch.strategies import ModelParallelStrategy
 from sharded_pair_scenarios import (
@@ -37,7 +37,6 @@ from sharded_pair_scenarios import (
 from sharded_pairs import comms
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_wn import GradientNoiseScaleCallback
 
@@ -80,12 +79,6 @@ class Driver(GradientNoiseScaleCallback):
         return asdict(self.estimate()) | {
             "rejected": {r.name: n for r, n in self._measurements[0].metric.rejected.items()}
         }
-
-
-def in_order(data):
-    """Batches of 16; rank r has the examples r, r + 2, ..."""
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return DataLoader(data, 16, sampler=DistributedSampler(data, ranks(), rank, shuffle=False))
 
 
 def ranks():
@@ -212,7 +205,7 @@ def by_hand(folder):
     said = []
     for model in (ShardedDigits(), Manual()):
         driver = Driver(groups={"all": "net", "first": "net.0"}, probe="sharded")
-        model_parallel([driver], max_steps=5).fit(model, in_order(digits(320)))
+        model_parallel([driver], max_steps=5).fit(model, in_order(digits(320), ranks()))
         said.append([asdict(driver.estimate(group=group)) for group in (None, "all", "first")])
     return said
 
@@ -225,7 +218,7 @@ def two_networks(folder):
                     fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
     driver = Driver()
-    model_parallel([driver], max_steps=2).fit(Sharded(toggle=False), in_order(gan_data()))
+    model_parallel([driver], max_steps=2).fit(Sharded(toggle=False), in_order(gan_data(), ranks()))
     return [asdict(driver.estimate(index)) for index in (0, 1)]
 
 

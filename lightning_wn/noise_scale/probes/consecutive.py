@@ -34,8 +34,8 @@ class ConsecutiveProbe:
     )
     can_precondition: ClassVar[bool] = True
     watches_forward: ClassVar[bool] = False
-    strict: bool = True
     watches_backward: ClassVar[bool] = False
+    strict: bool = True
     coverage: float = 1.0
     reduces_in_low_precision: bool = False
 

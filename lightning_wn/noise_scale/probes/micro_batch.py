@@ -36,8 +36,8 @@ class MicroBatchProbe:
     approximate: ClassVar[str] = ""
     can_precondition: ClassVar[bool] = True
     watches_forward: ClassVar[bool] = False
-    strict: bool = True
     watches_backward: ClassVar[bool] = True
+    strict: bool = True
     coverage: float = 1.0
     reduces_in_low_precision: bool = False
 

@@ -48,8 +48,8 @@ class ShardedProbe:
     approximate: ClassVar[str] = ""
     can_precondition: ClassVar[bool] = False
     watches_forward: ClassVar[bool] = False
-    strict: bool = True
     watches_backward: ClassVar[bool] = True
+    strict: bool = True
     coverage: float = 1.0
 
     def __init__(self) -> None:
