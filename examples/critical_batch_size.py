@@ -1,10 +1,10 @@
 """Does the noise scale predict the critical batch size? Twelve small tasks, each measured.
 
-{scikit-learn's digits, 5,000 images of MNIST} x {linear, MLP, CNN} x {SGD, Adam}. For each task
-``measure_critical_batch_size`` trains at batch sizes a factor of 2 apart, with the learning rate tuned at each, until
-the loss is at the target, and fits S = S_min (1 + B_crit/B). The callback measures the noise scale along the same
-branches. As in figure 4 of McCandlish et al. (arXiv 1812.06162), the picture has one beside the other. Run it from
-anywhere; everything it writes goes into ``runs/critical_batch_size/`` of the current directory::
+{scikit-learn's digits, 5,000 images of MNIST} x {linear, MLP, CNN} x {SGD, Adam}, and four more that tell what momentum
+does. For each task ``measure_critical_batch_size`` trains at batch sizes a factor of 2 apart, with the learning rate
+tuned at each, until the loss is at the target, and fits S = S_min (1 + B_crit/B). The callback measures the noise scale
+along the same branches. As in figure 4 of McCandlish et al. (arXiv 1812.06162), the picture has one beside the other.
+Run it from anywhere; everything it writes goes into ``runs/critical_batch_size/`` of the current directory::
 
     python examples/critical_batch_size.py
 
@@ -38,7 +38,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from lightning_wn import GradientNoiseScaleCallback, measure_critical_batch_size
 from lightning_wn.batch_size.measurement.analysis import mean_noise_scale
-from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement
+from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, MeasuredBatchSize
 
 # the images lie in memory: worker processes would only cost time
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -52,7 +52,7 @@ TARGET_LOSS = 0.1 * math.log(10)
 BATCH_SIZES = {"digits": [2**k for k in range(2, 10)], "mnist": [2**k for k in range(4, 12)]}
 EPOCHS = 120
 """The most that a branch may take; the fastest ones of large batches need about 90."""
-LEARNING_RATE = {"sgd": 0.25, "adam": 0.01}
+LEARNING_RATE = {"sgd": 0.25, "momentum": 0.025, "adam": 0.01, "adam0": 0.01}
 """Where tuning begins, at the smallest batch size."""
 SEEDS = {"digits": (0, 1, 2, 3, 4), "mnist": (0, 1)}
 """The steps of digits are the noisier, as there are fewer images in a branch."""
@@ -74,10 +74,14 @@ class Task:
         return f"{self.data}-{self.network}-{self.optimizer}"
 
 
-TASKS = {
-    task.name: task
-    for task in (Task(d, n, o) for d in ("digits", "mnist") for n in ("linear", "mlp", "cnn") for o in ("sgd", "adam"))
-}
+def named(data: Sequence[str], networks: Sequence[str], optimizers: Sequence[str]) -> dict[str, Task]:
+    tasks = (Task(d, n, o) for d in data for n in networks for o in optimizers)
+    return {task.name: task for task in tasks}
+
+
+TASKS = named(("digits", "mnist"), ("linear", "mlp", "cnn"), ("sgd", "adam"))
+CONTROLS = named(("digits", "mnist"), ("mlp",), ("momentum", "adam0"))
+"""SGD with momentum 0.9, and Adam without: what momentum does to the critical batch size."""
 
 
 @cache
@@ -118,7 +122,7 @@ def network(data: str, kind: str) -> nn.Module:
 
 
 class Classifier(pl.LightningModule):
-    """One of the networks, with plain SGD or Adam."""
+    """One of the networks, with SGD or Adam; ``momentum`` is SGD with 0.9, and ``adam0`` Adam with none."""
 
     def __init__(self, data: str, kind: str, optimizer: str, learning_rate: float) -> None:
         super().__init__()
@@ -129,8 +133,10 @@ class Classifier(pl.LightningModule):
         return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD if self.hparams["optimizer"] == "sgd" else torch.optim.Adam
-        return optimizer(self.parameters(), lr=self.hparams["learning_rate"])
+        kind, rate = self.hparams["optimizer"], self.hparams["learning_rate"]
+        if kind in ("sgd", "momentum"):
+            return torch.optim.SGD(self.parameters(), lr=rate, momentum=0.9 if kind == "momentum" else 0.0)
+        return torch.optim.Adam(self.parameters(), lr=rate, betas=(0.9 if kind == "adam" else 0.0, 0.999))
 
 
 def measure(task: Task, directory: Path, sizes: Sequence[int], seeds: Sequence[int]) -> CriticalBatchSizeMeasurement:
@@ -162,7 +168,7 @@ class UntilTarget(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[float] = []
-        self.noise_scales: dict[str, list[float]] = {"": [], "preconditioned/": [], "curvature/": []}
+        self.noise_scales: dict[str, list[float]] = {"": [], "preconditioned/": []}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,8 +197,7 @@ def look_along(
     noise_scale = GradientNoiseScaleCallback(
         every_n_steps=1,
         ema_decay=EMA_DECAY,
-        preconditioned=task.optimizer == "adam",
-        curvature_every_n_steps=max(1, steps // 20),
+        preconditioned=task.optimizer.startswith("adam"),
     )
     trainer = pl.Trainer(
         max_steps=20 * steps,
@@ -224,7 +229,6 @@ class Result:
         least: Noise scale that was below for a tenth of the run there.
         most: And above.
         preconditioned: Mean noise scale of the gradient as Adam scales it; NaN for SGD.
-        curvature: Mean curvature-weighted noise scale.
         quarter_rate: Mean noise scale at a quarter of the learning rate.
     """
 
@@ -239,7 +243,6 @@ class Result:
     least: float
     most: float
     preconditioned: float
-    curvature: float
     quarter_rate: float
 
     @property
@@ -279,9 +282,18 @@ def conclude(task: Task, directory: Path, measurement: CriticalBatchSizeMeasurem
         least=along[len(along) // 10],
         most=along[-1 - len(along) // 10],
         preconditioned=mean(tuned, "preconditioned/"),
-        curvature=mean(tuned, "curvature/"),
         quarter_rate=mean(quarter, ""),
     )
+
+
+def steps_row(task: Task, row: MeasuredBatchSize) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "batch_size": row.batch_size,
+        "learning_rate": LEARNING_RATE[task.optimizer] * row.learning_rate_factor,
+        "steps": row.steps,
+        "noise_scale": row.noise_scale,
+    }
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -296,22 +308,21 @@ def table(results: Sequence[Result]) -> str:
     """The results as Markdown."""
     lines = [
         "| task | S_min | measured B_crit | predicted | ratio | along the run | at batch, learning rate | as Adam "
-        "scales it | with curvature | at a quarter of the rate |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "scales it | at a quarter of the rate |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     adam = {r.task: "" if math.isnan(r.preconditioned) else f"{r.preconditioned:.0f}" for r in results}
     lines += [
         f"| {r.task} | {r.min_steps:.0f} | {r.measured:.0f} ({r.lower:.0f} to {r.upper:.0f}) | {r.predicted:.0f} | "
         f"{r.ratio:.2f}{'' if r.within else ' (miss)'} | {r.least:.0f} to {r.most:.0f} | {r.batch_size}, "
-        f"{r.learning_rate:g} | {adam[r.task]} | {r.curvature:.0f} | "
-        f"{r.quarter_rate:.0f} |"
+        f"{r.learning_rate:g} | {adam[r.task]} | {r.quarter_rate:.0f} |"
         for r in results
     ]
     return "\n".join(lines)
 
 
-COLORS = {"sgd": "#0072B2", "adam": "#D55E00"}
-"""Blue and vermillion of Okabe & Ito's palette, which colour-blind readers can tell apart."""
+COLORS = {"sgd": "#0072B2", "momentum": "#56B4E9", "adam": "#D55E00", "adam0": "#E69F00"}
+"""Of Okabe & Ito's palette, which colour-blind readers can tell apart."""
 MARKERS = {"linear": "s", "mlp": "o", "cnn": "^"}
 
 
@@ -324,7 +335,8 @@ def draw(results: Sequence[Result]) -> Any:
     axis.fill_between(ends, [x / 3 for x in ends], [x * 3 for x in ends], color="0.93", linewidth=0)
     axis.plot(ends, ends, color="0.6", linewidth=1)
     for r in results:
-        task, color = TASKS[r.task], COLORS[TASKS[r.task].optimizer]
+        task = (TASKS | CONTROLS)[r.task]
+        color = COLORS[task.optimizer]
         line = {"color": color, "linewidth": 1.2, "alpha": 0.5}
         axis.plot([r.measured] * 2, [max(r.least, ends[0]), min(r.most, ends[1])], **line)
         axis.plot([max(r.lower, ends[0]), min(r.upper, ends[1])], [r.predicted] * 2, **line)
@@ -361,16 +373,16 @@ def marker(task: Task) -> dict[str, Any]:
 
 
 def label(task: Task) -> str:
-    data, kind = {"digits": "digits", "mnist": "MNIST"}[task.data], {"linear": "linear", "mlp": "MLP", "cnn": "CNN"}
-    return f"{data}, {kind[task.network]}, {'SGD' if task.optimizer == 'sgd' else 'Adam'}"
+    names = {"mnist": "MNIST", "mlp": "MLP", "cnn": "CNN", "sgd": "SGD", "adam": "Adam"}
+    names |= {"momentum": "SGD with momentum", "adam0": "Adam without momentum"}
+    return ", ".join(names.get(part, part) for part in (task.data, task.network, task.optimizer))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="; ".join(TASKS))
-    parser.add_argument(
-        "--directory", type=Path, default=Path("runs/critical_batch_size"), help="for all that it writes"
-    )
+    known = TASKS | CONTROLS
+    parser.add_argument("--tasks", nargs="+", choices=known, default=list(known), metavar="TASK", help="; ".join(known))
+    parser.add_argument("--directory", type=Path, default=Path("runs/critical_batch_size"), help="for all it writes")
     parser.add_argument("--quick", action="store_true", help="the MLP on digits, three batch sizes, one seed")
     arguments = parser.parse_args()
     names = ["digits-mlp-sgd", "digits-mlp-adam"] if arguments.quick else arguments.tasks
@@ -380,20 +392,22 @@ def main() -> None:
     mpl.use("Agg")  # works without a display
     results, steps = [], []
     for name in names:
-        task, began = TASKS[name], time.process_time()
+        task, began = known[name], time.process_time()
         sizes, seeds = BATCH_SIZES[task.data], SEEDS[task.data]
         if arguments.quick:
             sizes, seeds = sizes[2::2], seeds[:1]
         measurement = measure(task, directory / name, sizes, seeds)
         results.append(conclude(task, directory / name, measurement, seeds))
-        steps += [{"task": name} | asdict(row) for row in measurement.batch_sizes]
+        steps += [steps_row(task, row) for row in measurement.batch_sizes]
         print(f"\n{name}, {time.process_time() - began:.0f} s of processor time\n{measurement}", flush=True)
-    write_csv(directory / "results.csv", [asdict(result) for result in results])
+    write_csv(directory / "results.csv", [asdict(result) | {"ratio": result.ratio} for result in results])
     write_csv(directory / "steps.csv", steps)
-    draw(results).savefig(directory / "prediction.png", dpi=120)
-    within = sum(result.within for result in results)
-    print(f"\n{table(results)}\n\nWithin a factor of 3: {within} of {len(results)}")
-    print(f"Picture: {directory / 'prediction.png'}")
+    print(f"\n{table(results)}")
+    plain = [result for result in results if result.task in TASKS]
+    if plain:
+        draw(plain).savefig(directory / "prediction.png", dpi=120)
+        within = sum(result.within for result in plain)
+        print(f"\nWithin a factor of 3: {within} of {len(plain)}\nPicture: {directory / 'prediction.png'}")
 
 
 if __name__ == "__main__":

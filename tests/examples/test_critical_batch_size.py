@@ -43,7 +43,7 @@ def result(example, **changes):
     values = {
         "task": "mnist-cnn-adam", "min_steps": 20.0, "measured": 100.0, "lower": 50.0, "upper": 200.0,
         "batch_size": 64, "learning_rate": 0.01, "predicted": 60.0, "least": 20.0, "most": 150.0,
-        "preconditioned": 300.0, "curvature": 50.0, "quarter_rate": 90.0,
+        "preconditioned": 300.0, "quarter_rate": 90.0,
     }  # fmt: skip
     return example.Result(**values | changes)
 
@@ -52,11 +52,9 @@ def test_a_miss_is_said_and_drawn(example):
     found = [result(example), result(example, task="digits-mlp-sgd", predicted=33.0, preconditioned=math.nan)]
     assert [r.within for r in found] == [True, False]
     first, second = example.table(found).splitlines()[2:]
-    assert first.startswith(
-        "| mnist-cnn-adam | 20 | 100 (50 to 200) | 60 | 0.60 | 20 to 150 | 64, 0.01 | 300 | 50 | 90 |"
-    )
+    assert first.startswith("| mnist-cnn-adam | 20 | 100 (50 to 200) | 60 | 0.60 | 20 to 150 | 64, 0.01 | 300 | 90 |")
     assert "| 0.33 (miss) |" in second
-    assert "| 64, 0.01 |  | 50 |" in second
+    assert "| 64, 0.01 |  | 90 |" in second
 
 
 def test_an_interval_without_an_end_can_be_drawn(example):
