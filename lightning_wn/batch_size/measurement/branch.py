@@ -21,7 +21,7 @@ from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step
 from lightning_wn.trainer_callbacks import callbacks_of
 
-_LOOK_AGAIN = 1.03
+_LOOK_AGAIN = 0.03
 """Losses are read from the device, and looked at, whenever there are 3 % more steps."""
 
 
@@ -94,6 +94,8 @@ class BranchWatch(Callback):
     Args:
         rate_factor: What the learning rate is multiplied with, within the optimizer's step alone.
         scheduler_ratio: Steps of a step-based scheduler for each optimizer step.
+        num_examples: End after so many.
+        batch_size: Most examples in an optimizer step.
         target_loss: End soon after the smoothed loss got there.
         most_steps: End after so many optimizer steps.
         monitor: Record this metric at the end of each validation in place of the loss.
@@ -106,6 +108,8 @@ class BranchWatch(Callback):
         *,
         rate_factor: float = 1.0,
         scheduler_ratio: float = 1.0,
+        num_examples: float = math.inf,
+        batch_size: int = 1,
         target_loss: float | None = None,
         most_steps: float = math.inf,
         monitor: str | None = None,
@@ -117,6 +121,9 @@ class BranchWatch(Callback):
         self.noise_scales: list[tuple[int, float]] = []
         self._rate_factor = rate_factor
         self._scheduler_ratio = scheduler_ratio
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._examples = 0.0
         self._target_loss = target_loss
         self._most_steps = most_steps
         self._monitor = monitor
@@ -149,7 +156,7 @@ class BranchWatch(Callback):
         if self._scheduler_ratio < 1.0 and step_schedulers(trainer):
             raise ValueError(
                 "`batch_sizes` must not go below `base_batch_size` for a model whose learning-rate scheduler steps "
-                "with the optimizer: it cannot be held back; leave them out, or pass `scheduler_clock='steps'`."
+                "with the optimizer: it cannot be held back; leave those sizes out."
             )
         self._scaled = ScaledLearningRate(trainer.optimizers[0])
         self._scaled.factor = self._rate_factor
@@ -196,9 +203,12 @@ class BranchWatch(Callback):
         if noise_scales and is_log_step(trainer):
             self.noise_scales.append((self._steps, noise_scales[0].estimate().noise_scale))
         if self._steps >= self._look_at or self._steps >= self._most_steps:
-            self._look_at = max(self._steps + 1, math.ceil(self._steps * _LOOK_AGAIN))
             self._look(trainer)
-            if self.diverged or self._steps >= self._most_steps or (not self._monitor and self._is_there()):
+            # the end is met exactly, though a short window has fewer examples
+            left = math.ceil(min(self._num_examples - self._examples, 2.0**53) / self._batch_size)
+            self._look_at = self._steps + max(1, min(left, math.ceil(self._steps * _LOOK_AGAIN)))
+            is_over = self._examples >= self._num_examples or self._steps >= self._most_steps
+            if self.diverged or is_over or (not self._monitor and self._is_there()):
                 trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,7 +220,7 @@ class BranchWatch(Callback):
         if not math.isfinite(value):
             self.diverged = True
         elif not self._monitored or self._monitored[-1][0] < self._steps:
-            self._monitored.append((self._steps, self._losses.curve().examples[-1], value))
+            self._monitored.append((self._steps, self._examples, value))
         if self.diverged or self._is_there():
             trainer.should_stop = True
 
@@ -226,7 +236,7 @@ class BranchWatch(Callback):
     def add_monitored(self, value: float) -> None:
         """Add a value of the end of the branch."""
         if math.isfinite(value):
-            self._monitored.append((self._steps, self._losses.curve().examples[-1], value))
+            self._monitored.append((self._steps, self._examples, value))
         else:
             self.diverged = True
 
@@ -251,7 +261,8 @@ class BranchWatch(Callback):
                 self.diverged = True
                 break
             self._losses.add(examples=examples, loss=loss)
-        self._on_progress(sum(self._losses.curve().examples[-1:]), loss)
+            self._examples += examples
+        self._on_progress(self._examples, loss)
 
     def _step_schedulers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step schedulers as often as the base batch size would have by now; Lightning has stepped them once."""

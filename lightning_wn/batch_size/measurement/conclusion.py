@@ -36,8 +36,7 @@ def conclude(
     edges: Sequence[int],
 ) -> CriticalBatchSizeMeasurement:
     """Make the result of the branches at each batch size's best learning rate."""
-    end = min(branch.curve.examples[-1] for branches in chosen.values() for branch in branches if branch.curve.steps)
-    excesses = _excesses(chosen, end, confidence) if method == "branches" else {}
+    excesses = _excesses(chosen, confidence) if method == "branches" else {}
     rows = [_row(size, branches, target_loss, excesses.get(size), rate(size)) for size, branches in chosen.items()]
     fit: TradeoffFit | None = None
     notes = []
@@ -88,21 +87,23 @@ def conclude(
     )
 
 
-def _excesses(chosen: Mapping[int, Sequence[Branch]], end: float, confidence: float) -> dict[int, Excess]:
+def _excesses(chosen: Mapping[int, Sequence[Branch]], confidence: float) -> dict[int, Excess]:
     """Return how much more loss each batch size ends with: differences over the same examples, part by part."""
-    largest = max(branch.mean_batch_size for branches in chosen.values() for branch in branches if branch.curve.steps)
-    bins = max(1, min(_BINS, int(_LAST_SHARE * end / largest)))
+    smallest = next(iter(chosen))
+    if any(branch.diverged for branch in chosen[smallest]):
+        raise ValueError(
+            f"Training diverged at the smallest batch size, {smallest}, with which the others are compared; lower the "
+            "model's learning rate."
+        )
+    whole = [branch for branches in chosen.values() for branch in branches if not branch.diverged]
+    end = min(branch.curve.examples[-1] for branch in whole)
+    bins = max(1, min(_BINS, int(_LAST_SHARE * end / max(branch.mean_batch_size for branch in whole))))
     edges = [end * (1.0 - _LAST_SHARE * (1.0 - i / bins)) for i in range(bins + 1)]
 
     def ends(branches: Sequence[Branch]) -> list[float]:
         return [loss for branch in branches for loss in _end_losses(branch, edges)]
 
-    first = ends(next(iter(chosen.values())))
-    if not all(map(math.isfinite, first)):
-        raise ValueError(
-            f"Training diverged at the smallest batch size, {next(iter(chosen))}, with which the others are compared; "
-            "lower the model's learning rate."
-        )
+    first = ends(chosen[smallest])
     return {
         size: loss_excess(size, [x - y for x, y in zip(ends(branches), first, strict=True)], confidence)
         for size, branches in chosen.items()
@@ -136,7 +137,7 @@ def _row(
         branch.steps_to(target_loss) if target_loss is not None else float(sum(branch.curve.steps[-1:]))
         for branch in branches
     ]
-    total = geometric_mean(steps) if all(map(math.isfinite, steps)) and min(steps) > 0 else math.inf
+    total = _typical(steps)
     return MeasuredBatchSize(
         batch_size=size,
         mean_batch_size=mean,
@@ -167,7 +168,14 @@ def cost(branches: Sequence[Branch], target_loss: float | None) -> float:
     if target_loss is None:
         return fmean(_final_loss(branch) for branch in branches)
     steps = [branch.steps_to(target_loss) for branch in branches]
-    return geometric_mean(steps) if all(map(math.isfinite, steps)) else math.inf
+    return _typical(steps)
+
+
+def _typical(steps: Sequence[float]) -> float:
+    """Return the geometric mean; infinite where a branch did not get there, or took no step."""
+    if not all(0 < count < math.inf for count in steps):
+        return math.inf
+    return steps[0] if len(set(steps)) == 1 else geometric_mean(steps)
 
 
 def _final_loss(branch: Branch) -> float:
