@@ -46,7 +46,7 @@ def measure_critical_batch_size(
     batch_size_fn: BatchSizeFn | None = None,
     unit: str = "examples",
     confidence: float = 0.95,
-    weights_only: bool | None = None,
+    weights_only: bool = False,
     trainer_kwargs: Mapping[str, Any] | None = None,
     progress_bar: bool = True,
 ) -> CriticalBatchSizeMeasurement:
@@ -97,7 +97,7 @@ def measure_critical_batch_size(
         batch_size_fn: From a batch to the number of examples that its loss is a mean over.
         unit: The name of what is counted.
         confidence: Level of the intervals.
-        weights_only: As ``Trainer.fit`` has it, for the checkpoint.
+        weights_only: Whether the checkpoint may hold nothing but tensors and plain values, as ``Trainer.fit`` has it.
         trainer_kwargs: Arguments for the Trainers: devices, precision, callbacks; copied for each branch. With
             ``max_steps`` a model that plans its scheduler with ``trainer.estimated_stepping_batches`` gets the length
             of the run that is meant, in steps of the base batch size; a branch ends before. By default that is the
@@ -214,6 +214,7 @@ def measure_critical_batch_size(
         unit=unit,
         rate=trainer.rate,
         edges=edges,
+        tuned=tune_learning_rate is not None,
     )
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
         files.write_table(measurement.to_csv())

@@ -59,7 +59,7 @@ class BranchTrainer:
     target_loss: float | None = None
     monitor: str | None = None
     ckpt_path: str | None = None
-    weights_only: bool | None = None
+    weights_only: bool = False
     rate: Callable[[int], float]
     base_batch_size: int
     batch_size_fn: BatchSizeFn | None = None
@@ -166,8 +166,7 @@ class BranchTrainer:
             is_module = isinstance(data, LightningDataModule)
             loaders: dict[str, Any] = {"datamodule" if is_module else "train_dataloaders": data}
             validation = {} if is_module else {"val_dataloaders": copy_without_trainer(self.val_dataloaders)}
-            resume: dict[str, Any] = {} if self.weights_only is None else {"weights_only": self.weights_only}
-            trainer.fit(model, **loaders, **validation, ckpt_path=self.ckpt_path, **resume)
+            trainer.fit(model, **loaders, **validation, ckpt_path=self.ckpt_path, weights_only=self.weights_only)
             if not trainer.state.finished:
                 raise RuntimeError(f"The branch {plan.name} was interrupted, and will be trained anew next time.")
             if not watch.curve.steps and not watch.diverged and (self.monitor is None or self.target_loss is not None):
