@@ -20,6 +20,7 @@ def check_numbers(
     target_loss: float | None,
     tolerance: float,
     learning_rate: str,
+    base_batch_size: int | None,
     tune_learning_rate: float | None,
     confidence: float,
 ) -> None:
@@ -43,6 +44,11 @@ def check_numbers(
         )
     if not 0 < tolerance < math.inf:
         raise ValueError(f"`tolerance` must be a positive number, got {tolerance!r}; 0.01 is usual for nats.")
+    if base_batch_size is not None and not base_batch_size > 0:
+        raise ValueError(
+            f"`base_batch_size` must be a positive number, got {base_batch_size!r}; it is the batch size that the "
+            "model's learning rate is for."
+        )
     if tune_learning_rate is not None and not 1 < tune_learning_rate < math.inf:
         raise ValueError(
             f"`tune_learning_rate` must be a ratio above 1, or None for no tuning, got {tune_learning_rate!r}; 2.0 "
@@ -54,10 +60,8 @@ def check_numbers(
         raise ValueError("`seeds` must hold one number or more, got none; (0,) trains each batch size once.")
 
 
-def check_modes(scheduler_clock: str, monitor: str | None, max_micro_batch: int | None, data: Any) -> None:
-    """Raise ValueError for unknown modes, or where the data cannot follow."""
-    if scheduler_clock not in ("examples", "steps"):
-        raise ValueError(f"`scheduler_clock` must be 'examples' or 'steps', got {scheduler_clock!r}.")
+def check_modes(monitor: str | None, max_micro_batch: int | None, data: Any) -> None:
+    """Raise ValueError for what does not go with the data or the model."""
     if monitor == "":
         raise ValueError("`monitor` must be the name of a logged metric, or None for the training loss, got ''.")
     if max_micro_batch is not None and not callable(data):

@@ -22,6 +22,7 @@ _LAST_SHARE = 0.25
 """The smoothed loss at the end of a branch is the mean over the last quarter of its examples."""
 _BINS = 10
 _FEW_STEPS = 20
+_SHORT = 0.95
 
 
 def conclude(
@@ -34,44 +35,31 @@ def conclude(
     unit: str,
     rate: Callable[[int], float],
     edges: Sequence[int],
+    tuned: bool,
 ) -> CriticalBatchSizeMeasurement:
-    """Make the result of the branches at each batch size's best learning rate."""
-    end = min(branch.curve.examples[-1] for branches in chosen.values() for branch in branches if branch.curve.steps)
-    excesses = _excesses(chosen, end, confidence) if method == "branches" else {}
+    """Make the result of the branches at each batch size's best learning rate.
+
+    Args:
+        chosen: The branches of all seeds, by batch size, the smallest first.
+        method: What they were trained for.
+        target_loss: What was to be reached.
+        tolerance: How much more loss is allowed.
+        confidence: Level of the intervals.
+        unit: What is counted.
+        rate: From a batch size to the rule's factor on the learning rate.
+        edges: Batch sizes whose best learning rate was the last that was tried.
+        tuned: Whether several learning rates were tried.
+    """
+    excesses = _excesses(chosen, confidence) if method == "branches" else {}
     rows = [_row(size, branches, target_loss, excesses.get(size), rate(size)) for size, branches in chosen.items()]
     fit: TradeoffFit | None = None
-    notes = []
-    if method == "branches":
+    if target_loss is None:
         critical = largest_within(list(excesses.values()), tolerance)
-        if critical.value == rows[-1].batch_size:
-            notes.append(f"The largest batch size was still as good: try more than {rows[-1].batch_size}.")
-        outside = [size for size, excess in excesses.items() if not excess.value <= tolerance]
-        if outside and outside[0] < critical.value:
-            notes.append(
-                f"Batch size {outside[0]} was worse than {critical.value:g}, which is larger: the losses are noisy, or "
-                "the learning rate does not go with the batch size; try more `seeds`, or `tune_learning_rate=2.0`."
-            )
+        notes = _notes_on_excess(rows, critical.value, tolerance, tuned=tuned)
     else:
-        assert target_loss is not None
         fit = _fit(chosen, target_loss, confidence)
         critical = fit.critical_batch_size
-        missed = [row.batch_size for row in rows if math.isinf(row.steps)]
-        if missed:
-            notes.append(f"The target loss was not reached at batch size {_listed(missed)}, which the fit leaves out.")
-        few = [row.batch_size for row in rows if row.steps < _FEW_STEPS]
-        if few:
-            notes.append(f"So few steps are a rough measure: batch size {_listed(few)}.")
-    if edges:
-        notes.append(f"Of the learning rates that were tried, the last was the best at batch size {_listed(edges)}.")
-    short = [row.batch_size for row in rows if row.mean_batch_size < 0.95 * row.batch_size]
-    if short:
-        notes.append(
-            f"Epochs end with short batches or windows at batch size {_listed(short)}; their mean size is used. "
-            "`drop_last=True` in the DataLoader avoids it."
-        )
-    # where somebody who follows the noise scale would end: at the batch size that is its own noise scale
-    told = [row for row in rows if 0 < row.noise_scale < math.inf]
-    nearest = min(told, key=lambda row: abs(math.log(row.noise_scale / row.mean_batch_size)), default=None)
+        notes = _notes_on_steps(rows)
     return CriticalBatchSizeMeasurement(
         method=method,
         critical_batch_size=critical.value,
@@ -79,30 +67,77 @@ def conclude(
         upper=critical.upper,
         confidence=confidence,
         batch_sizes=tuple(rows),
-        predicted=math.nan if nearest is None else nearest.noise_scale,
+        predicted=_predicted(rows),
         fit=fit,
         tolerance=tolerance if method == "branches" else math.nan,
         target_loss=math.nan if target_loss is None else target_loss,
         unit=unit,
-        notes=tuple(notes),
+        notes=(*notes, *_notes_on_branches(rows, edges)),
     )
 
 
-def _excesses(chosen: Mapping[int, Sequence[Branch]], end: float, confidence: float) -> dict[int, Excess]:
+def _predicted(rows: Sequence[MeasuredBatchSize]) -> float:
+    """Return the noise scale where somebody who follows it would end: at the batch size nearest to its own."""
+    told = [row for row in rows if 0 < row.noise_scale < math.inf]
+    if not told:
+        return math.nan
+    return min(told, key=lambda row: abs(math.log(row.noise_scale / row.mean_batch_size))).noise_scale
+
+
+def _notes_on_excess(rows: Sequence[MeasuredBatchSize], critical: float, tolerance: float, *, tuned: bool) -> list[str]:
+    notes = []
+    if critical == rows[-1].batch_size:
+        notes.append(f"The largest batch size was still as good: try more than {rows[-1].batch_size}.")
+    outside = [row.batch_size for row in rows if not row.excess <= tolerance]
+    if outside and outside[0] < critical:
+        advice = "the losses are noisy; try more `seeds`"
+        if not tuned:
+            advice += ", and `tune_learning_rate=2.0`, as the learning rate may not go with the batch size"
+        notes.append(f"Batch size {outside[0]} was worse than {critical:g}, which is larger: {advice}.")
+    return notes
+
+
+def _notes_on_steps(rows: Sequence[MeasuredBatchSize]) -> list[str]:
+    notes = []
+    missed = [row.batch_size for row in rows if math.isinf(row.steps)]
+    if missed:
+        notes.append(f"The target loss was not reached at batch size {_listed(missed)}, which the fit leaves out.")
+    few = [row.batch_size for row in rows if row.steps < _FEW_STEPS]
+    if few:
+        notes.append(f"So few steps are a rough measure: batch size {_listed(few)}.")
+    return notes
+
+
+def _notes_on_branches(rows: Sequence[MeasuredBatchSize], edges: Sequence[int]) -> list[str]:
+    notes = []
+    if edges:
+        notes.append(f"Of the learning rates that were tried, the last was the best at batch size {_listed(edges)}.")
+    short = [row.batch_size for row in rows if row.mean_batch_size < _SHORT * row.batch_size]
+    if short:
+        notes.append(
+            f"Epochs end with short batches or windows at batch size {_listed(short)}; their mean size is used. "
+            "`drop_last=True` in the DataLoader avoids it."
+        )
+    return notes
+
+
+def _excesses(chosen: Mapping[int, Sequence[Branch]], confidence: float) -> dict[int, Excess]:
     """Return how much more loss each batch size ends with: differences over the same examples, part by part."""
-    largest = max(branch.mean_batch_size for branches in chosen.values() for branch in branches if branch.curve.steps)
-    bins = max(1, min(_BINS, int(_LAST_SHARE * end / largest)))
+    smallest = next(iter(chosen))
+    if any(branch.diverged for branch in chosen[smallest]):
+        raise ValueError(
+            f"Training diverged at the smallest batch size, {smallest}, with which the others are compared; lower the "
+            "model's learning rate."
+        )
+    whole = [branch for branches in chosen.values() for branch in branches if not branch.diverged]
+    end = min(branch.curve.examples[-1] for branch in whole)
+    bins = max(1, min(_BINS, int(_LAST_SHARE * end / max(branch.mean_batch_size for branch in whole))))
     edges = [end * (1.0 - _LAST_SHARE * (1.0 - i / bins)) for i in range(bins + 1)]
 
     def ends(branches: Sequence[Branch]) -> list[float]:
         return [loss for branch in branches for loss in _end_losses(branch, edges)]
 
-    first = ends(next(iter(chosen.values())))
-    if not all(map(math.isfinite, first)):
-        raise ValueError(
-            f"Training diverged at the smallest batch size, {next(iter(chosen))}, with which the others are compared; "
-            "lower the model's learning rate."
-        )
+    first = ends(chosen[smallest])
     return {
         size: loss_excess(size, [x - y for x, y in zip(ends(branches), first, strict=True)], confidence)
         for size, branches in chosen.items()
@@ -136,7 +171,7 @@ def _row(
         branch.steps_to(target_loss) if target_loss is not None else float(sum(branch.curve.steps[-1:]))
         for branch in branches
     ]
-    total = geometric_mean(steps) if all(map(math.isfinite, steps)) and min(steps) > 0 else math.inf
+    total = _typical(steps)
     return MeasuredBatchSize(
         batch_size=size,
         mean_batch_size=mean,
@@ -167,7 +202,14 @@ def cost(branches: Sequence[Branch], target_loss: float | None) -> float:
     if target_loss is None:
         return fmean(_final_loss(branch) for branch in branches)
     steps = [branch.steps_to(target_loss) for branch in branches]
-    return geometric_mean(steps) if all(map(math.isfinite, steps)) else math.inf
+    return _typical(steps)
+
+
+def _typical(steps: Sequence[float]) -> float:
+    """Return the geometric mean; infinite where a branch did not get there, or took no step."""
+    if not all(0 < count < math.inf for count in steps):
+        return math.inf
+    return steps[0] if len(set(steps)) == 1 else geometric_mean(steps)
 
 
 def _final_loss(branch: Branch) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
@@ -39,7 +39,6 @@ def measure_critical_batch_size(
     learning_rate: PowerRule = "sqrt",
     base_batch_size: int | None = None,
     tune_learning_rate: float | None = None,
-    scheduler_clock: Literal["examples", "steps"] = "examples",
     seeds: Iterable[int] = (0,),
     monitor: str | None = None,
     val_dataloaders: Any = None,
@@ -47,7 +46,7 @@ def measure_critical_batch_size(
     batch_size_fn: BatchSizeFn | None = None,
     unit: str = "examples",
     confidence: float = 0.95,
-    weights_only: bool | None = None,
+    weights_only: bool = False,
     trainer_kwargs: Mapping[str, Any] | None = None,
     progress_bar: bool = True,
 ) -> CriticalBatchSizeMeasurement:
@@ -86,11 +85,10 @@ def measure_critical_batch_size(
         tolerance: How much more loss counts as none, in the unit of the loss.
         learning_rate: How the learning rate goes with the batch size: ``"sqrt"`` or ``"linear"`` in its ratio, or
             ``"none"``. The factor is there only within the optimizer's step.
-        base_batch_size: The batch size that the model's own learning rate is for; None is the smallest.
+        base_batch_size: The batch size that the model's own learning rate is for, and its scheduler, if it steps with
+            the optimizer: it makes as many steps over the data as it would at that batch size. None is the smallest.
         tune_learning_rate: A ratio such as 2.0: at each batch size learning rates this ratio apart are tried, until
             the best lies between two worse ones. None takes the rule's alone.
-        scheduler_clock: What step-based learning-rate schedulers count: ``"examples"``, as many steps as at the base
-            batch size, or optimizer ``"steps"``, for models that plan with ``trainer.estimated_stepping_batches``.
         seeds: Each batch size is trained once with each.
         monitor: A metric of validation in place of the training loss; with ``"target_loss"`` its values between
             validations are interpolated, so let ``trainer_kwargs`` validate often (``val_check_interval``).
@@ -99,8 +97,11 @@ def measure_critical_batch_size(
         batch_size_fn: From a batch to the number of examples that its loss is a mean over.
         unit: The name of what is counted.
         confidence: Level of the intervals.
-        weights_only: As ``Trainer.fit`` has it, for the checkpoint.
-        trainer_kwargs: Arguments for the Trainers: devices, precision, callbacks; copied for each branch.
+        weights_only: Whether the checkpoint may hold nothing but tensors and plain values, as ``Trainer.fit`` has it.
+        trainer_kwargs: Arguments for the Trainers: devices, precision, callbacks; copied for each branch. With
+            ``max_steps`` a model that plans its scheduler with ``trainer.estimated_stepping_batches`` gets the length
+            of the run that is meant, in steps of the base batch size; a branch ends before. By default that is the
+            branch; behind a checkpoint there is no end.
         progress_bar: Whether bars show how far it is.
 
     Returns:
@@ -147,11 +148,12 @@ def measure_critical_batch_size(
         target_loss=target_loss,
         tolerance=tolerance,
         learning_rate=learning_rate,
+        base_batch_size=base_batch_size,
         tune_learning_rate=tune_learning_rate,
         confidence=confidence,
     )
-    check_modes(scheduler_clock, monitor, max_micro_batch, data)
-    base = base_batch_size or sizes[0]
+    check_modes(monitor, max_micro_batch, data)
+    base = sizes[0] if base_batch_size is None else base_batch_size
     trainer = BranchTrainer(
         model=model,
         data=data,
@@ -162,12 +164,12 @@ def measure_critical_batch_size(
         ckpt_path=None if ckpt_path is None else str(ckpt_path),
         weights_only=weights_only,
         rate=lambda size: learning_rate_factor(learning_rate, base, size, math.nan),
-        scheduler_ratio=lambda size: size / base if scheduler_clock == "examples" else 1.0,
+        base_batch_size=base,
         batch_size_fn=batch_size_fn,
         trainer_kwargs=trainer_kwargs or {},
         directory=str(directory),
     )
-    settings = {"learning_rate": learning_rate, "base_batch_size": base, "scheduler_clock": scheduler_clock}
+    settings = {"learning_rate": learning_rate, "base_batch_size": base}
     files = BranchFiles(directory, trainer.fingerprint() | settings)
     with own_random_state(), quiet():
         micro_batch, ranks = trainer.find_micro_batch()
@@ -212,6 +214,7 @@ def measure_critical_batch_size(
         unit=unit,
         rate=trainer.rate,
         edges=edges,
+        tuned=tune_learning_rate is not None,
     )
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
         files.write_table(measurement.to_csv())

@@ -28,7 +28,8 @@ def draw_measurement(measurement: CriticalBatchSizeMeasurement, ax: Any = None) 
     ax.set_xlabel(f"batch size ({measurement.unit} in an optimizer step)")
     ax.grid(visible=True, color=GRID_COLOR, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.legend(frameon=False, fontsize=9)
+    # the steps fall and the excess rises with the batch size
+    ax.legend(frameon=False, fontsize=9, loc="upper left" if measurement.fit is None else "upper right")
     return figure
 
 

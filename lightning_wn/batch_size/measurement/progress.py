@@ -37,8 +37,8 @@ class MeasurementProgress:
         self._branch.set_description(name.replace("_", " "))
 
         def show(examples: float, loss: float) -> None:
-            self._branch.n = min(examples, self._branch.total)
-            self._branch.set_postfix(loss=f"{loss:.4g}")
+            self._branch.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            self._branch.update(examples - self._branch.n)
 
         return show
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,10 +27,12 @@ from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan, Branc
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 
 _OURS = (
-    "max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "accumulate_grad_batches", "fast_dev_run",
+    "max_epochs", "max_time", "min_steps", "min_epochs", "accumulate_grad_batches", "fast_dev_run",
     "logger", "enable_checkpointing", "enable_progress_bar", "barebones",
 )  # fmt: skip
 _NEVER = 10**9
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Where a function lies in memory, which is elsewhere in the next process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class BranchTrainer:
         ckpt_path: A checkpoint from which each branch goes on.
         weights_only: As ``Trainer.fit`` has it.
         rate: From a batch size to the rule's factor on the learning rate.
-        scheduler_ratio: From a batch size to scheduler steps for each optimizer step.
+        base_batch_size: The batch size at which a step-based scheduler steps once an optimizer step.
         batch_size_fn: From a batch to its number of examples.
         trainer_kwargs: Further arguments of the Trainers.
         directory: Their root directory.
@@ -58,9 +62,9 @@ class BranchTrainer:
     target_loss: float | None = None
     monitor: str | None = None
     ckpt_path: str | None = None
-    weights_only: bool | None = None
+    weights_only: bool = False
     rate: Callable[[int], float]
-    scheduler_ratio: Callable[[int], float]
+    base_batch_size: int
     batch_size_fn: BatchSizeFn | None = None
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     directory: str = "."
@@ -73,6 +77,11 @@ class BranchTrainer:
                 f"`trainer_kwargs` must leave out {wrong}, which are set for each branch; the length of a branch is "
                 "`num_examples`."
             )
+        if self.ckpt_path is not None and not Path(self.ckpt_path).is_file():
+            raise ValueError(
+                f"`ckpt_path` must be a checkpoint file, got {self.ckpt_path!r}; checkpoints that are folders, as of "
+                "sharded training, are not read."
+            )
 
     def fresh_model(self, seed: int) -> LightningModule:
         """Return a model for a branch.
@@ -80,7 +89,11 @@ class BranchTrainer:
         Raises:
             ValueError: If it is none, or optimizes by hand.
         """
-        made = copy_without_trainer(self.model) if isinstance(self.model, LightningModule) else self.model()
+        made: object = self.model
+        if isinstance(made, LightningModule):
+            made = copy_without_trainer(made)
+        elif callable(made) and not isinstance(made, torch.nn.Module):
+            made = made()
         if not isinstance(made, LightningModule):
             raise ValueError(
                 f"`model` must be a `lightning.pytorch.LightningModule` or a function that returns one, got "
@@ -90,6 +103,11 @@ class BranchTrainer:
             raise ValueError(
                 f"`model` must leave the optimization to the Trainer, and {type(made).__name__} has "
                 "`automatic_optimization = False`: its batch size and learning rate cannot be changed from outside."
+            )
+        if self.monitor is not None and not is_overridden("validation_step", made):
+            raise ValueError(
+                f"`monitor={self.monitor!r}` needs validation, and {type(made).__name__} has no "
+                "`validation_step`; write one that logs it, or leave `monitor` out for the training loss."
             )
         return made
 
@@ -131,7 +149,9 @@ class BranchTrainer:
         """
         watch = BranchWatch(
             rate_factor=self.rate(plan.batch_size) * plan.learning_rate_factor,
-            scheduler_ratio=self.scheduler_ratio(plan.batch_size),
+            scheduler_ratio=plan.batch_size / self.base_batch_size,
+            num_examples=self.num_examples,
+            batch_size=plan.batch_size,
             target_loss=self.target_loss,
             most_steps=most_steps,
             monitor=self.monitor,
@@ -142,21 +162,17 @@ class BranchTrainer:
             seed_everything(plan.seed, workers=True, verbose=False)
             model = self.fresh_model(plan.seed)
             data = self.data(micro_batch) if callable(self.data) else copy_without_trainer(self.data)
-            steps = math.ceil(self.num_examples / plan.batch_size)
-            start = 0 if self.ckpt_path is None else self._start(accumulate)
-            trainer = self._trainer({"max_steps": start + steps, "accumulate_grad_batches": accumulate}, watch)
+            settings = {"max_steps": self._planned_steps(plan), "accumulate_grad_batches": accumulate}
+            if self.ckpt_path is not None:
+                self._check_start(accumulate)
+            trainer = self._trainer(settings, watch)
             is_module = isinstance(data, LightningDataModule)
             loaders: dict[str, Any] = {"datamodule" if is_module else "train_dataloaders": data}
             validation = {} if is_module else {"val_dataloaders": copy_without_trainer(self.val_dataloaders)}
-            resume: dict[str, Any] = {} if self.weights_only is None else {"weights_only": self.weights_only}
-            trainer.fit(model, **loaders, **validation, ckpt_path=self.ckpt_path, **resume)
+            trainer.fit(model, **loaders, **validation, ckpt_path=self.ckpt_path, weights_only=self.weights_only)
             if not trainer.state.finished:
                 raise RuntimeError(f"The branch {plan.name} was interrupted, and will be trained anew next time.")
-            if not watch.curve.steps and not watch.diverged and (self.monitor is None or self.target_loss is not None):
-                raise ValueError(
-                    f"The branch {plan.name} recorded no loss; let `training_step` return it"
-                    + (f", and validate more often for `monitor={self.monitor!r}`." if self.monitor else ".")
-                )
+            watch.require_end(plan.name)
             if self.monitor is not None and self.target_loss is None and not watch.diverged:
                 arguments = {"datamodule": data} if is_module else {"dataloaders": validation["val_dataloaders"]}
                 found = trainer.validate(model, **arguments, verbose=False)
@@ -182,7 +198,7 @@ class BranchTrainer:
         return {
             "model": type(model).__name__,
             "weights": digest.hexdigest()[:16],
-            "hparams": {str(name): str(value) for name, value in model.hparams.items()},
+            "hparams": {str(name): _ADDRESS.sub("", str(value)) for name, value in model.hparams.items()},
             "num_examples": self.num_examples,
             "target_loss": self.target_loss,
             "monitor": self.monitor,
@@ -212,37 +228,42 @@ class BranchTrainer:
             }
         )
 
-    def _start(self, accumulate: int) -> int:
-        """Return the optimizer steps behind the checkpoint, from whose batch windows must be able to begin."""
-        path = str(self.ckpt_path)
+    def _planned_steps(self, plan: BranchPlan) -> int:
+        """Return what a model that asks for ``trainer.estimated_stepping_batches`` is told: steps at the base size.
+
+        Its scheduler is stepped by examples. A branch ends by itself, and before.
+        """
+        if "max_steps" in self.trainer_kwargs or self.ckpt_path is not None:
+            return int(self.trainer_kwargs.get("max_steps", -1))
+        return math.ceil(self.num_examples / min(self.base_batch_size, plan.batch_size))
+
+    def _check_start(self, accumulate: int) -> None:
+        """Raise ValueError where no window can begin behind the checkpoint."""
         # the file is mapped: only what is looked at is read
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=bool(self.weights_only))
+        checkpoint = torch.load(
+            str(self.ckpt_path), map_location="cpu", mmap=True, weights_only=bool(self.weights_only)
+        )
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         batches = 0 if progress["is_last_batch"] else progress["current"]["ready"]
         if batches % accumulate:
             raise ValueError(
-                f"`ckpt_path` {path!r} was saved after {batches} batches of an epoch, where no window of {accumulate} "
-                "micro-batches begins; pass a checkpoint from the end of an epoch, or make `data` a function from the "
-                "micro-batch size to a DataLoader, which needs no accumulation."
+                f"`ckpt_path` {self.ckpt_path!r} was saved after {batches} batches of an epoch, where no window of "
+                f"{accumulate} micro-batches begins; pass a checkpoint from the end of an epoch, or make `data` a "
+                "function from the micro-batch size to a DataLoader, which needs no accumulation."
             )
-        return int(checkpoint["global_step"])
 
 
 def copy_without_trainer(value: Any) -> Any:
     """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
     memo: dict[int, Any] = {}
-    for trainer in (getattr(value, "_trainer", None), getattr(value, "trainer", None) if _is_data(value) else None):
-        if trainer is not None:
-            memo[id(trainer)] = None
+    # a LightningModule leaves its Trainer out by itself
+    if isinstance(value, LightningDataModule) and value.trainer is not None:
+        memo[id(value.trainer)] = None
     if isinstance(value, DataLoader):
         memo[id(value.dataset)] = value.dataset
         if value._iterator is not None:  # workers that persist
             memo[id(value._iterator)] = None
     return copy.deepcopy(value, memo)
-
-
-def _is_data(value: Any) -> bool:
-    return isinstance(value, LightningDataModule)
 
 
 def _copied(value: Any) -> Any:
