@@ -168,7 +168,27 @@ def resume(folder):
     return found
 
 
-SCENARIOS = [schedule, noise_scale, examples, resume]
+def held_back(folder):
+    """Gradients accumulate unreduced, and are reduced at the end of every window."""
+
+    class HeldBack(Sharded):
+        def training_step(self, batch, batch_idx):
+            last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+            self.net.set_requires_gradient_sync(last)
+            return super().training_step(batch, batch_idx)
+
+    adaptive = AdaptiveBatchSizeCallback(schedule={0: 1, 2: 2, 4: 4, 6: 3}, learning_rate="linear")
+    measured = GradientNoiseScaleCallback(every_n_steps=1)
+    model = HeldBack()
+    _, epochs = fit([adaptive, measured], model, max_epochs=2)
+    return {
+        "windows": [windows_of(epoch) for epoch in epochs],
+        "distance": distance(model, by_hand(Model(), epochs, float)),
+        "measured": measured.estimate().num_measurements,
+    }
+
+
+SCENARIOS = [schedule, noise_scale, held_back, examples, resume]
 
 
 def main(folder: str, *names: str) -> None:

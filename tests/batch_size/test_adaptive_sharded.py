@@ -57,6 +57,13 @@ def test_toward_the_noise_scale_with_the_callbacks_in_both_orders(ranks):
     assert one["noise_scale"] == pytest.approx(other["noise_scale"], rel=1e-9)
 
 
+def test_gradients_that_are_reduced_once_a_window(ranks):
+    for outcome in outcomes(ranks, "held_back"):
+        assert outcome["windows"] == [[1, 1, 2, 2, 2, 3], [3, 3, 3, 2]]
+        assert outcome["distance"] < 1e-10
+        assert outcome["measured"] == 10
+
+
 def test_examples_are_counted_over_all_ranks(ranks):
     """32 a micro-batch: 96 after 3, where 2 does not divide, so at 4; 330 an epoch."""
     for outcome in outcomes(ranks, "examples"):
