@@ -242,12 +242,15 @@ class GradientNoiseScaleCallback(Callback):
             price_per_device_hour=price_per_device_hour,
         )
 
-    def plot(self, optimizer: int | None = None, *, target: float = 1.0) -> Figure:
+    def plot(
+        self, optimizer: int | None = None, *, target: float = 1.0, theme: Literal["light", "dark"] = "light"
+    ) -> Figure:
         """Draw what was measured and what it advises, in four panels; see :func:`~.run_plots.plot_run`.
 
         Args:
             optimizer: Position among the LightningModule's optimizers; None is the only one.
             target: As in :meth:`advise`.
+            theme: ``"dark"`` is for a dark page; ``"light"`` takes matplotlib's own settings.
 
         Returns:
             A matplotlib figure; ``figure.savefig("noise_scale.png")`` writes it.
@@ -260,7 +263,7 @@ class GradientNoiseScaleCallback(Callback):
 
         advice = self.advise(optimizer, target=target)
         start = self._prefix_of(self._index_of(optimizer))
-        return plot_run(self._history.of(start, advice.estimate), advice, prefix=start)
+        return plot_run(self._history.of(start, advice.estimate), advice, prefix=start, theme=theme)
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
