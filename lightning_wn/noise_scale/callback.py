@@ -43,7 +43,7 @@ from lightning_wn.noise_scale.run_facts import (
 )
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.noise_scale.selection import PROBES, choose_probe
-from lightning_wn.noise_scale.summary import WARNINGS, summary_table
+from lightning_wn.noise_scale.summary import WARNINGS, fit_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -410,19 +410,15 @@ class GradientNoiseScaleCallback(Callback):
         if trainer.local_rank == 0:
             self._post_mail()
         for index, measurement in enumerate(self._measurements):
-            name = self._start_of_key(index).rstrip("/")
-            others = {group: self.estimate(index, group) for group in self._groups}
-            rank_zero_info(
-                "\n"
-                + summary_table(
-                    measurement.estimate(),
-                    self.advise(index),
-                    measurement.metric.rejected,
-                    measurement.every_n_steps,
-                    optimizer=name,
-                    others=others,
-                )
+            summary = fit_summary(
+                measurement.estimate(),
+                self.advise(index),
+                measurement.metric.rejected,
+                measurement.every_n_steps,
+                optimizer=index if len(self._measurements) > 1 else None,
+                others={group: self.estimate(index, group) for group in self._groups},
             )
+            rank_zero_info(f"\n{summary}")
         if not self._has_measured():
             rank_zero_warn(
                 "`GradientNoiseScaleCallback` measured nothing: no optimizer step that it looked at had two usable "

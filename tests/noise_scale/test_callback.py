@@ -535,19 +535,20 @@ class TestLogging:
         trainer.fit(DigitsMLP(), loader(digits()))
         assert callback.estimate().num_measurements == 10
 
-    def test_table_once_at_the_end(self, monkeypatch):
+    def test_a_few_lines_once_at_the_end(self, monkeypatch):
         said = []
         # how often a logger's handlers see it depends on which loggers other tests have opened
         monkeypatch.setattr("lightning_wn.noise_scale.callback.rank_zero_info", said.append)
         callback, _ = measure(DigitsMLP(), loader(digits()), steps=20)
-        tables = [message for message in said if "Gradient noise scale" in message]
-        assert len(tables) == 1
-        table = tables[0]
-        estimate = callback.estimate()
-        assert f"{estimate.noise_scale:.3g} examples" in table
-        assert "95 % interval" in table
-        assert "measured optimizer steps | 20" in table
-        assert "suggested batch size" in table
+        (summary,) = [message for message in said if "noise scale" in message]
+        estimate, advice = callback.estimate(), callback.advise()
+        measured, suggestion, rest = summary.strip().splitlines()
+        assert measured == f"Gradient {estimate}, by the probe 'micro_batch' on every optimizer step."
+        assert suggestion == advice.suggestion
+        assert suggestion in str(advice)
+        assert "`print(callback.advise())` says more" in rest
+        assert rest.endswith("and 1 reason for doubt.")
+        assert len(advice.doubts) == 1
 
 
 def test_nan_batch_is_dropped_counted_and_said_once(recwarn):
