@@ -282,7 +282,7 @@ fewest) and twice the fewest possible steps.
         adam_learning_rate_factor=adam.value,
         steps=steps,
         examples=examples,
-        learning_rate={"sgd": sgd, "adam": adam, None: None}[run.learning_rate_rule],
+        learning_rate={"sgd": sgd, "adam": adam, None: None}[run.optimizer_family],
         candidates=candidates,
         more_ranks=_on_more_ranks(estimate, configuration, run, candidates, price_per_device_hour),
         doubts=doubts_about(
