@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_wn.batch_size.optimizer_family import OptimizerFamily, optimizer_family
 from lightning_wn.batch_size.observed_run import ObservedRun
+from lightning_wn.batch_size.optimizer_family import OptimizerFamily, optimizer_family
 from lightning_wn.batch_size.run_time import RunTimer
 
 
@@ -89,10 +89,10 @@ class RunWatch:
 
     def observed(self, optimizer: int, *, every_n_steps: int, ema_decay: float) -> ObservedRun:
         """Return what was seen, with how one of the optimizers is measured."""
-        name, rule = self._optimizers[optimizer] if optimizer < len(self._optimizers) else ("", None)
+        name, family = self._optimizers[optimizer] if optimizer < len(self._optimizers) else ("", None)
         return ObservedRun(
             optimizer=name,
-            optimizer_family=rule,
+            optimizer_family=family,
             learning_rate_rises=self._rises,
             num_steps=self._num_steps,
             planned_steps=self._planned_steps,
