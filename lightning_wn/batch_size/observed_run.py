@@ -15,8 +15,7 @@ class ObservedRun:
 
     Attributes:
         optimizer: The optimizer's class.
-        optimizer_family: Whether it is like SGD or like Adam, which its learning rate goes by; None where it is neither,
-            or not known.
+        optimizer_family: Whether it is like SGD or like Adam; None where it is like neither, or not known.
         learning_rate_rises: Whether the learning rate was higher after the last step than before: a warm-up.
         num_steps: Optimizer steps so far; None where they were not counted.
         planned_steps: Optimizer steps that the run takes in all; infinite where it has no end of its own.
