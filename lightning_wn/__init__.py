@@ -2,6 +2,8 @@
 
 from lightning_wn.batch_size.adaptive import AdaptiveBatchSizeCallback
 from lightning_wn.batch_size.advice import BatchSizeAdvice
+from lightning_wn.batch_size.measurement.measure import measure_critical_batch_size
+from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.measure import measure_noise_scale
@@ -11,6 +13,7 @@ from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, cach
 __all__ = [
     "AdaptiveBatchSizeCallback",
     "BatchSizeAdvice",
+    "CriticalBatchSizeMeasurement",
     "GradientNoiseScale",
     "GradientNoiseScaleCallback",
     "NoiseScaleEstimate",
@@ -18,5 +21,6 @@ __all__ = [
     "apply_weight_norm",
     "cached_weight_norm",
     "fold_weight_norm",
+    "measure_critical_batch_size",
     "measure_noise_scale",
 ]

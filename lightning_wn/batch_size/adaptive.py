@@ -35,12 +35,12 @@ from lightning_wn.batch_size.adaptive_checks import (
 from lightning_wn.batch_size.scaled_step import ScaledLearningRate
 from lightning_wn.batch_size.schedule import AccumulationSchedule, ScheduleUnit
 from lightning_wn.batch_size.scheduler_clock import SchedulerClock
+from lightning_wn.batch_size.short_window import WindowCount
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.mailbox import Mailbox
 from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step, log_interval, step_to_log
-from lightning_wn.trainer_callbacks import callbacks_of
 
 _CLOCKS = ("auto", "batches", "steps")
 
@@ -247,17 +247,16 @@ class AdaptiveBatchSizeCallback(Callback):
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin to count the micro-batches of a window."""
-        self._micro_batches = 0
+        self._window.on_before_zero_grad()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a micro-batch of the window."""
-        self._micro_batches += 1
+        self._window.on_after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Make a short window's gradient a mean, and let the learning rate's factor in."""
         self._stepped = True
-        if 0 < self._micro_batches < self._factor:
-            self._rescale(trainer, optimizer, self._factor / self._micro_batches)
+        self._window.on_before_optimizer_step(trainer, optimizer)
         assert self._scaled is not None
         if not self._scaled.in_step and not has_loss_scaler(trainer):
             raise RuntimeError(
@@ -395,16 +394,6 @@ class AdaptiveBatchSizeCallback(Callback):
             )
         return noise_scale
 
-    def _rescale(self, trainer: Trainer, optimizer: Optimizer, factor: float) -> None:
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, GradientNoiseScaleCallback):
-                callback.gradients_were_scaled(factor)
-
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self, factor: int) -> None:
@@ -417,7 +406,7 @@ class AdaptiveBatchSizeCallback(Callback):
         self._counted = 0.0
         self._counted_here = 0.0
         self._clock = SchedulerClock(factor)
-        self._micro_batches = 0
+        self._window = WindowCount()
         self._stepped = False
         self._said_approximate = False
 

@@ -1,0 +1,1 @@
+"""The critical batch size measured directly: branches of training at several batch sizes."""

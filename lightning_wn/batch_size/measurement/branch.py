@@ -1,0 +1,293 @@
+"""One branch: a short training at one batch size and learning rate, watched by a callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_wn.batch_size.measurement.loss_curve import SMOOTHING, CurveRecorder, LossCurve
+from lightning_wn.batch_size.scaled_step import ScaledLearningRate
+from lightning_wn.batch_size.scheduler_clock import step_schedulers
+from lightning_wn.batch_size.short_window import WindowCount
+from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
+from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step
+from lightning_wn.trainer_callbacks import callbacks_of
+
+_LOOK_AGAIN = 0.03
+"""Losses are read from the device, and looked at, whenever there are 3 % more steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchPlan:
+    """What tells a branch from the others.
+
+    Attributes:
+        batch_size: Examples in an optimizer step, over all ranks.
+        learning_rate_factor: What the optimizer's learning rate is multiplied with, beside the rule's factor.
+        seed: Of the order of the data, and of the weights where a function makes the model.
+    """
+
+    batch_size: int
+    learning_rate_factor: float = 1.0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """A name for people and for files."""
+        return f"batch_{self.batch_size}_rate_{self.learning_rate_factor:.6g}_seed_{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """What became of a branch.
+
+    Attributes:
+        plan: What it was.
+        curve: Its losses over its own optimizer steps; or the monitored values.
+        smoothing: 0 where the curve is to be taken as it is.
+        diverged: Whether a loss was not finite.
+        noise_scales: (optimizer step, noise scale) at log steps, where a noise-scale callback was there.
+    """
+
+    plan: BranchPlan
+    curve: LossCurve
+    smoothing: float = SMOOTHING
+    diverged: bool = False
+    noise_scales: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def mean_batch_size(self) -> float:
+        """Examples in an optimizer step as they were: fewer where epochs end with short batches."""
+        return self.curve.examples[-1] / self.curve.steps[-1] if self.curve.steps else math.nan
+
+    def steps_to(self, target: float) -> float:
+        """Return the optimizer steps to a loss; infinite where it was not reached."""
+        return math.inf if self.diverged else self.curve.steps_to(target, self.smoothing)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return lists and numbers for a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Branch:
+        """Return what :meth:`to_dict` was made from."""
+        return cls(
+            plan=BranchPlan(**values["plan"]),
+            curve=LossCurve(**{name: tuple(series) for name, series in values["curve"].items()}),
+            smoothing=values["smoothing"],
+            diverged=values["diverged"],
+            noise_scales=tuple((step, noise_scale) for step, noise_scale in values["noise_scales"]),
+        )
+
+
+class BranchWatch(Callback):
+    """Trains a branch at its learning rate, records its losses, and ends it.
+
+    Args:
+        rate_factor: What the learning rate is multiplied with, within the optimizer's step alone.
+        scheduler_ratio: Steps of a step-based scheduler for each optimizer step.
+        num_examples: End after so many.
+        batch_size: Most examples in an optimizer step.
+        target_loss: End soon after the smoothed loss got there.
+        most_steps: End after so many optimizer steps.
+        monitor: Record this metric at the end of each validation in place of the loss.
+        batch_size_fn: From a batch to its number of examples.
+        on_progress: Told the examples so far and the last loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        rate_factor: float = 1.0,
+        scheduler_ratio: float = 1.0,
+        num_examples: float = math.inf,
+        batch_size: int = 1,
+        target_loss: float | None = None,
+        most_steps: float = math.inf,
+        monitor: str | None = None,
+        batch_size_fn: BatchSizeFn | None = None,
+        on_progress: Callable[[float, float], None] = lambda examples, loss: None,
+    ) -> None:
+        super().__init__()
+        self.diverged = False
+        self.noise_scales: list[tuple[int, float]] = []
+        self._rate_factor = rate_factor
+        self._scheduler_ratio = scheduler_ratio
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._examples = 0.0
+        self._target_loss = target_loss
+        self._most_steps = most_steps
+        self._monitor = monitor
+        self._batch_size_fn = batch_size_fn
+        self._on_progress = on_progress
+        self._losses = CurveRecorder()
+        self._monitored: list[tuple[int, float, float]] = []
+        self._window = WindowCount()
+        self._scaled: ScaledLearningRate | None = None
+        self._stepped = False
+        self._steps = 0
+        self._look_at = 1
+        self._scheduler_steps = 0
+        # of the window under way, and of windows whose losses are still on the device
+        self._here: list[tuple[Tensor, float | Tensor]] = []
+        self._waiting: list[tuple[Tensor, float | Tensor]] = []
+
+    @property
+    def curve(self) -> LossCurve:
+        """Losses, or monitored values, so far."""
+        return LossCurve(*map(tuple, zip(*self._monitored, strict=True))) if self._monitor else self._losses.curve()
+
+    @property
+    def smoothing(self) -> float:
+        """How the curve is to be smoothed."""
+        return 0.0 if self._monitor else SMOOTHING
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take hold of the optimizer's step."""
+        if self._scheduler_ratio < 1.0 and step_schedulers(trainer):
+            raise ValueError(
+                "`batch_sizes` must not go below `base_batch_size` for a model whose learning-rate scheduler steps "
+                "with the optimizer: it cannot be held back; leave those sizes out."
+            )
+        self._scaled = ScaledLearningRate(trainer.optimizers[0])
+        self._scaled.factor = self._rate_factor
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin a window."""
+        self._window.on_before_zero_grad()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count a micro-batch."""
+        self._window.on_after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Make a short window's gradient a mean, and let the learning rate's factor in."""
+        self._stepped = True
+        self._window.on_before_optimizer_step(trainer, optimizer)
+        assert self._scaled is not None
+        if not self._scaled.in_step and not has_loss_scaler(trainer):
+            raise RuntimeError(
+                f"No factor can be put on the learning rate of {type(optimizer).__name__}, whose step runs no hooks; "
+                "let it call `torch.optim.Optimizer.__init__`."
+            )
+        self._scaled.gradient_is_ready()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss, and at the end of a window step schedulers and see whether the branch is over."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided it
+            loss = loss.detach() * trainer.accumulate_grad_batches
+            self._here.append((loss, count_examples(batch, self._batch_size_fn).total))
+        if not self._stepped:
+            return
+        self._stepped = False
+        self._steps += 1
+        self._step_schedulers(trainer, pl_module)
+        if self._here:
+            losses, sizes = zip(*self._here, strict=True)
+            self._waiting.append((torch.stack(losses).mean(), sum(sizes)))
+            self._here = []
+        noise_scales = [c for c in callbacks_of(trainer) if isinstance(c, GradientNoiseScaleCallback)]
+        if noise_scales and is_log_step(trainer):
+            self.noise_scales.append((self._steps, noise_scales[0].estimate().noise_scale))
+        if self._steps >= self._look_at or self._steps >= self._most_steps:
+            self._look(trainer)
+            # the end is met exactly, though a short window has fewer examples
+            left = math.ceil(min(self._num_examples - self._examples, 2.0**53) / self._batch_size)
+            self._look_at = self._steps + max(1, min(left, math.ceil(self._steps * _LOOK_AGAIN)))
+            is_over = self._examples >= self._num_examples or self._steps >= self._most_steps
+            if self.diverged or is_over or (not self._monitor and self._is_there()):
+                trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the monitored value."""
+        if self._monitor is None or trainer.sanity_checking or not self._steps:
+            return
+        value = monitored_value(trainer.callback_metrics, self._monitor)
+        self._look(trainer)
+        if not math.isfinite(value):
+            self.diverged = True
+        elif not self._monitored or self._monitored[-1][0] < self._steps:
+            self._monitored.append((self._steps, self._examples, value))
+        if self.diverged or self._is_there():
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the last losses and leave the optimizer."""
+        self._look(trainer)
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizer as it was."""
+        self._let_go()
+
+    def add_monitored(self, value: float) -> None:
+        """Add a value of the end of the branch."""
+        if math.isfinite(value):
+            self._monitored.append((self._steps, self._examples, value))
+        else:
+            self.diverged = True
+
+    def _is_there(self) -> bool:
+        return self._target_loss is not None and math.isfinite(self.curve.steps_to(self._target_loss, self.smoothing))
+
+    def _look(self, trainer: Trainer) -> None:
+        """Read the losses that wait, the mean over all ranks of each, and the examples of all."""
+        if not self._waiting:
+            return
+        device = trainer.strategy.root_device
+        losses = torch.stack([loss.double().reshape(()) for loss, _ in self._waiting]).to(device)
+        sizes = torch.stack([torch.as_tensor(size, dtype=torch.float64, device=device) for _, size in self._waiting])
+        self._waiting = []
+        both = torch.stack([losses, sizes])
+        if trainer.world_size > 1:
+            both = trainer.strategy.reduce(both, reduce_op="mean")
+            both[1] *= trainer.world_size
+        loss = examples = math.nan
+        for loss, examples in both.T.tolist():
+            if not math.isfinite(loss):
+                self.diverged = True
+                break
+            self._losses.add(examples=examples, loss=loss)
+            self._examples += examples
+        self._on_progress(self._examples, loss)
+
+    def _step_schedulers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step schedulers as often as the base batch size would have by now; Lightning has stepped them once."""
+        due = math.floor(self._steps * self._scheduler_ratio + 1e-9)
+        self._scheduler_steps += 1
+        while self._scheduler_steps < due:
+            self._scheduler_steps += 1
+            for config in step_schedulers(trainer):
+                pl_module.lr_scheduler_step(config.scheduler, None)
+
+    def _let_go(self) -> None:
+        if self._scaled is not None:
+            self._scaled.detach()
+        self._scaled = None
+
+
+def monitored_value(metrics: Any, monitor: str) -> float:
+    """Return a metric by its name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if monitor not in metrics:
+        raise ValueError(
+            f"`monitor={monitor!r}` was not logged in validation; what was: {sorted(metrics)}. Log it in "
+            "`validation_step` and pass `val_dataloaders` or a DataModule that has them."
+        )
+    return float(metrics[monitor])

@@ -1,0 +1,320 @@
+"""Trains branches with Trainers of their own, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan, BranchWatch, monitored_value
+from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+
+_OURS = (
+    "max_epochs", "max_time", "min_steps", "min_epochs", "accumulate_grad_batches", "fast_dev_run",
+    "logger", "enable_checkpointing", "enable_progress_bar", "barebones",
+)  # fmt: skip
+_NEVER = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchTrainer:
+    """What all branches have in common.
+
+    Attributes:
+        model: A model, copied for each branch, or a function that makes one.
+        data: Loaders or a DataModule, copied for each branch, or a function from a micro-batch size to these.
+        val_dataloaders: For validation, if ``monitor`` asks for it and no DataModule has them.
+        num_examples: Most examples of a branch.
+        target_loss: Where a branch may end.
+        monitor: A validation metric in place of the training loss.
+        ckpt_path: A checkpoint from which each branch goes on.
+        weights_only: As ``Trainer.fit`` has it.
+        rate: From a batch size to the rule's factor on the learning rate.
+        base_batch_size: The batch size at which a step-based scheduler steps once an optimizer step.
+        batch_size_fn: From a batch to its number of examples.
+        trainer_kwargs: Further arguments of the Trainers.
+        directory: Their root directory.
+    """
+
+    model: LightningModule | Callable[[], LightningModule]
+    data: Any
+    val_dataloaders: Any = None
+    num_examples: int
+    target_loss: float | None = None
+    monitor: str | None = None
+    ckpt_path: str | None = None
+    weights_only: bool = False
+    rate: Callable[[int], float]
+    base_batch_size: int
+    batch_size_fn: BatchSizeFn | None = None
+    trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    directory: str = "."
+
+    def __post_init__(self) -> None:
+        """Check the arguments of the Trainers."""
+        wrong = [name for name in _OURS if name in self.trainer_kwargs]
+        if wrong:
+            raise ValueError(
+                f"`trainer_kwargs` must leave out {wrong}, which are set for each branch; the length of a branch is "
+                "`num_examples`."
+            )
+        if self.ckpt_path is not None and not Path(self.ckpt_path).is_file():
+            raise ValueError(
+                f"`ckpt_path` must be a checkpoint file, got {self.ckpt_path!r}; checkpoints that are folders, as of "
+                "sharded training, are not read."
+            )
+
+    def fresh_model(self, seed: int) -> LightningModule:
+        """Return a model for a branch.
+
+        Raises:
+            ValueError: If it is none, or optimizes by hand.
+        """
+        made: object = self.model
+        if isinstance(made, LightningModule):
+            made = copy_without_trainer(made)
+        elif callable(made) and not isinstance(made, torch.nn.Module):
+            made = made()
+        if not isinstance(made, LightningModule):
+            raise ValueError(
+                f"`model` must be a `lightning.pytorch.LightningModule` or a function that returns one, got "
+                f"{type(made).__name__}."
+            )
+        if not made.automatic_optimization:
+            raise ValueError(
+                f"`model` must leave the optimization to the Trainer, and {type(made).__name__} has "
+                "`automatic_optimization = False`: its batch size and learning rate cannot be changed from outside."
+            )
+        if self.monitor is not None and not is_overridden("validation_step", made):
+            raise ValueError(
+                f"`monitor={self.monitor!r}` needs validation, and {type(made).__name__} has no "
+                "`validation_step`; write one that logs it, or leave `monitor` out for the training loss."
+            )
+        return made
+
+    def find_micro_batch(self) -> tuple[int | None, int]:
+        """Return the examples in a micro-batch of the data, None where a function makes it to order, and the ranks."""
+        trainer = self._trainer({})
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "`trainer_kwargs` must not ask for a strategy that trains in spawned or forked processes, whose "
+                "results are lost with them; use `strategy='ddp'` in a script, or `devices=1`."
+            )
+        if callable(self.data):
+            return None, trainer.world_size
+        data = copy_without_trainer(self.data)
+        if isinstance(data, LightningDataModule):
+            data.prepare_data()
+            data.setup("fit")
+            data = data.train_dataloader()
+        batch = next(iter(data))
+        return int(count_examples(batch, self.batch_size_fn).total), trainer.world_size
+
+    def run(
+        self,
+        plan: BranchPlan,
+        *,
+        micro_batch: int,
+        accumulate: int,
+        most_steps: float = math.inf,
+        on_progress: Callable[[float, float], None] = lambda examples, loss: None,
+    ) -> Branch:
+        """Train a branch.
+
+        Args:
+            plan: Which one.
+            micro_batch: Examples in a micro-batch of one rank, for data that is made to order.
+            accumulate: Micro-batches in an optimizer step.
+            most_steps: No more optimizer steps than that.
+            on_progress: Told the examples so far and the last loss.
+        """
+        watch = BranchWatch(
+            rate_factor=self.rate(plan.batch_size) * plan.learning_rate_factor,
+            scheduler_ratio=plan.batch_size / self.base_batch_size,
+            num_examples=self.num_examples,
+            batch_size=plan.batch_size,
+            target_loss=self.target_loss,
+            most_steps=most_steps,
+            monitor=self.monitor,
+            batch_size_fn=self.batch_size_fn,
+            on_progress=on_progress,
+        )
+        with quiet(), own_random_state():
+            seed_everything(plan.seed, workers=True, verbose=False)
+            model = self.fresh_model(plan.seed)
+            data = self.data(micro_batch) if callable(self.data) else copy_without_trainer(self.data)
+            settings = {"max_steps": self._planned_steps(plan), "accumulate_grad_batches": accumulate}
+            if self.ckpt_path is not None:
+                self._check_start(accumulate)
+            trainer = self._trainer(settings, watch)
+            is_module = isinstance(data, LightningDataModule)
+            loaders: dict[str, Any] = {"datamodule" if is_module else "train_dataloaders": data}
+            validation = {} if is_module else {"val_dataloaders": copy_without_trainer(self.val_dataloaders)}
+            trainer.fit(model, **loaders, **validation, ckpt_path=self.ckpt_path, weights_only=self.weights_only)
+            if not trainer.state.finished:
+                raise RuntimeError(f"The branch {plan.name} was interrupted, and will be trained anew next time.")
+            if not watch.curve.steps and not watch.diverged and (self.monitor is None or self.target_loss is not None):
+                raise ValueError(
+                    f"The branch {plan.name} recorded no loss; let `training_step` return it"
+                    + (f", and validate more often for `monitor={self.monitor!r}`." if self.monitor else ".")
+                )
+            if self.monitor is not None and self.target_loss is None and not watch.diverged:
+                arguments = {"datamodule": data} if is_module else {"dataloaders": validation["val_dataloaders"]}
+                found = trainer.validate(model, **arguments, verbose=False)
+                watch.add_monitored(monitored_value({k: v for part in found for k, v in part.items()}, self.monitor))
+        return Branch(
+            plan=plan,
+            curve=watch.curve,
+            smoothing=watch.smoothing,
+            diverged=watch.diverged,
+            noise_scales=tuple(watch.noise_scales),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this experiment from others: the model's class, sizes, weights, hyper-parameters."""
+        with quiet(), own_random_state():
+            seed_everything(0, workers=True, verbose=False)
+            model = self.fresh_model(0)
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return {
+            "model": type(model).__name__,
+            "weights": digest.hexdigest()[:16],
+            "hparams": {str(name): str(value) for name, value in model.hparams.items()},
+            "num_examples": self.num_examples,
+            "target_loss": self.target_loss,
+            "monitor": self.monitor,
+            "ckpt_path": None if self.ckpt_path is None else _file_digest(Path(self.ckpt_path)),
+        }
+
+    def _trainer(self, arguments: dict[str, Any], *watches: pl.Callback) -> Trainer:
+        given = {name: _copied(value) for name, value in self.trainer_kwargs.items()}
+        callbacks = given.pop("callbacks", None) or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        settings: dict[str, Any] = {"default_root_dir": self.directory, "enable_model_summary": False}
+        if self.monitor is None:
+            settings["limit_val_batches"] = 0
+        elif self.target_loss is None:  # it is validated once, after the branch
+            settings |= {"check_val_every_n_epoch": None, "val_check_interval": _NEVER}
+        return Trainer(
+            **settings
+            | given
+            | arguments
+            | {
+                "max_epochs": -1,
+                "callbacks": [*callbacks, *watches],  # the watch comes last, to see what the others did
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "num_sanity_val_steps": 0,
+            }
+        )
+
+    def _planned_steps(self, plan: BranchPlan) -> int:
+        """Return what a model that asks for ``trainer.estimated_stepping_batches`` is told: steps at the base size.
+
+        Its scheduler is stepped by examples. A branch ends by itself, and before.
+        """
+        if "max_steps" in self.trainer_kwargs or self.ckpt_path is not None:
+            return int(self.trainer_kwargs.get("max_steps", -1))
+        return math.ceil(self.num_examples / min(self.base_batch_size, plan.batch_size))
+
+    def _check_start(self, accumulate: int) -> None:
+        """Raise ValueError where no window can begin behind the checkpoint."""
+        # the file is mapped: only what is looked at is read
+        checkpoint = torch.load(
+            str(self.ckpt_path), map_location="cpu", mmap=True, weights_only=bool(self.weights_only)
+        )
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = 0 if progress["is_last_batch"] else progress["current"]["ready"]
+        if batches % accumulate:
+            raise ValueError(
+                f"`ckpt_path` {self.ckpt_path!r} was saved after {batches} batches of an epoch, where no window of "
+                f"{accumulate} micro-batches begins; pass a checkpoint from the end of an epoch, or make `data` a "
+                "function from the micro-batch size to a DataLoader, which needs no accumulation."
+            )
+
+
+def copy_without_trainer(value: Any) -> Any:
+    """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
+    memo: dict[int, Any] = {}
+    for trainer in (getattr(value, "_trainer", None), getattr(value, "trainer", None) if _is_data(value) else None):
+        if trainer is not None:
+            memo[id(trainer)] = None
+    if isinstance(value, DataLoader):
+        memo[id(value.dataset)] = value.dataset
+        if value._iterator is not None:  # workers that persist
+            memo[id(value._iterator)] = None
+    return copy.deepcopy(value, memo)
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, LightningDataModule)
+
+
+def _copied(value: Any) -> Any:
+    return [copy_without_trainer(x) for x in value] if isinstance(value, list) else copy_without_trainer(value)
+
+
+def _file_digest(path: Path) -> str:
+    """Return the beginning, the end and the size of a file as one short text; the whole may be many gigabytes."""
+    megabyte = 2**20
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(megabyte))
+        file.seek(max(path.stat().st_size - megabyte, 0))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def own_random_state() -> Iterator[None]:
+    """Leave the global random states and seeds as they were, also after an error."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ.get(name) for name in names}
+    error: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as caught:  # `isolate_rng` restores nothing where an error passes through
+            error = caught
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning from telling of each of many Trainers; warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_wn")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
