@@ -5,10 +5,8 @@ Every scenario returns what JSON can hold; each rank writes its results to FOLDE
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from adaptive_runs import Factors, Model, starts_of, train_by_hand, windows_of
 from frozen_digits import QUIET, digits
 from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import write_scenarios
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -188,23 +187,8 @@ def held_back(folder):
     }
 
 
-SCENARIOS = [schedule, noise_scale, held_back, examples, resume]
-
-
-def main(folder: str, *names: str) -> None:
-    warnings.filterwarnings("ignore")
-    results = {}
-    for scenario in SCENARIOS:
-        if names and scenario.__name__ not in names:
-            continue
-        try:
-            results[scenario.__name__] = scenario(folder)
-        except BaseException:  # one failure must not hide the other results
-            results[scenario.__name__] = {"error": traceback.format_exc()}
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    warnings.filterwarnings("ignore")
+    folder, *names = sys.argv[1:]
+    write_scenarios([schedule, noise_scale, held_back, examples, resume], folder, names)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from adaptive_runs import changes_in, windows_of
-from processes import run_script
+from processes import outcomes, results_of_ranks
 from torch.distributed.fsdp import FSDPModule
 
 pytestmark = pytest.mark.skipif(
@@ -17,17 +16,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adaptive_sharded")
-    run_script(Path(__file__).parent / "adaptive_sharded_scenarios.py", str(folder), cwd=folder)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def outcomes(ranks, name):
-    found = [rank[name] for rank in ranks]
-    for outcome in found:
-        if isinstance(outcome, dict) and "error" in outcome:
-            pytest.fail(outcome["error"])
-    return found
+    script = Path(__file__).parent / "adaptive_sharded_scenarios.py"
+    return results_of_ranks(script, tmp_path_factory.mktemp("adaptive_sharded"))
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])

@@ -430,8 +430,8 @@ class TestLifeCycle:
 
         def leave_mail(callback):
             measured, _ = measure(DigitsMLP(), loader(digits()), steps=7)
-            measured._post_mail()
-            callback._mailbox._shared.copy_(measured._mailbox._shared)
+            measured._mail.post(measured._measurements, measured._metrics)
+            callback._mail._mailbox._shared.copy_(measured._mail._mailbox._shared)
 
         callback = GradientNoiseScaleCallback(every_n_steps=1)
         leave_mail(callback)
