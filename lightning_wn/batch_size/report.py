@@ -14,7 +14,7 @@ from typing import Literal
 from lightning_wn.batch_size.advice import BatchSizeAdvice, advise_batch_size
 from lightning_wn.batch_size.candidates import RunConfiguration
 from lightning_wn.batch_size.downsample import downsample
-from lightning_wn.batch_size.forecast import bin_points, fit_forecast, score_forecast
+from lightning_wn.batch_size.forecast import fit_forecast, score_forecast
 from lightning_wn.batch_size.history import history_of, read_scalars
 from lightning_wn.batch_size.loss_points import loss_points
 from lightning_wn.batch_size.observed_run import ObservedRun
@@ -224,7 +224,7 @@ def _forecast(
     key = loss or next((name for name in _LOSS_KEYS if name in scalars), None)
     if key is None:
         return ["No forecast: no training loss was found among the logged keys; name it with --loss."]
-    points = bin_points(loss_points(history, *scalars[key], prefix=prefix))
+    points = loss_points(history, *scalars[key], prefix=prefix)
     try:
         forecast = fit_forecast(points)
     except ValueError as error:
