@@ -135,6 +135,8 @@ class BranchWatch(Callback):
         self._scaled: ScaledLearningRate | None = None
         self._stepped = False
         self._steps = 0
+        self._batches = 0
+        self._batches_before = 0
         self._look_at = 1
         self._scheduler_steps = 0
         # of the window under way, and of windows whose losses are still on the device
@@ -150,6 +152,16 @@ class BranchWatch(Callback):
     def smoothing(self) -> float:
         """How the curve is to be smoothed."""
         return 0.0 if self._monitor else SMOOTHING
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the branch came to an end of its own, and not to one of the Trainer's."""
+        return (
+            self.diverged
+            or self._examples >= self._num_examples
+            or self._steps >= self._most_steps
+            or (self._target_loss is not None and self._is_there())
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the optimizer's step."""
@@ -185,6 +197,7 @@ class BranchWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss, and at the end of a window step schedulers and see whether the branch is over."""
+        self._batches += 1
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             # Lightning has divided it
@@ -207,9 +220,14 @@ class BranchWatch(Callback):
             # the end is met exactly, though a short window has fewer examples
             left = math.ceil(min(self._num_examples - self._examples, 2.0**53) / self._batch_size)
             self._look_at = self._steps + max(1, min(left, math.ceil(self._steps * _LOOK_AGAIN)))
-            is_over = self._examples >= self._num_examples or self._steps >= self._most_steps
-            if self.diverged or is_over or (not self._monitor and self._is_there()):
+            if self.is_over:
                 trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where data has come to an end for good, which would be waited for for ever."""
+        if self._batches == self._batches_before:
+            trainer.should_stop = True
+        self._batches_before = self._batches
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the monitored value."""
@@ -221,7 +239,7 @@ class BranchWatch(Callback):
             self.diverged = True
         elif not self._monitored or self._monitored[-1][0] < self._steps:
             self._monitored.append((self._steps, self._examples, value))
-        if self.diverged or self._is_there():
+        if self.is_over:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,6 +257,27 @@ class BranchWatch(Callback):
             self._monitored.append((self._steps, self._examples, value))
         else:
             self.diverged = True
+
+    def require_end(self, name: str) -> None:
+        """Raise ValueError if the Trainer ended the branch before its time.
+
+        Args:
+            name: The branch's.
+        """
+        if self.is_over:
+            return
+        if not self._batches:
+            raise ValueError(
+                f"`data` gave no batch for the branch {name}; a batch may be larger than the data set, and "
+                "`drop_last=True` then leaves none."
+            )
+        if not self._examples:
+            raise ValueError(f"The branch {name} has no loss; let `training_step` return it.")
+        raise ValueError(
+            f"The branch {name} ended after {self._examples:g} of {self._num_examples:g} examples; "
+            "neither `trainer_kwargs` (a small `max_steps`, an EarlyStopping) nor data that is used up for good may end "
+            "it before."
+        )
 
     def _is_there(self) -> bool:
         return self._target_loss is not None and math.isfinite(self.curve.steps_to(self._target_loss, self.smoothing))

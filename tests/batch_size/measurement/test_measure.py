@@ -534,6 +534,47 @@ class TestBadInput:
             measure(tmp_path, **{"model": Watched()} | arguments)
         assert Watched.training_steps == 0
 
+    def test_a_batch_larger_than_the_data(self, tmp_path):
+        data = digits(160, torch.float64)
+        with pytest.raises(ValueError, match="gave no batch for the branch batch_256_rate_1_seed_0"):
+            measure(tmp_path, None, lambda size: DataLoader(data, size, drop_last=True), (16, 256))
+
+    def test_a_loss_that_is_not_returned(self, tmp_path):
+        class Silent(Model):
+            def training_step(self, batch, batch_idx):
+                return None
+
+        with pytest.raises(ValueError, match="has no loss; let `training_step` return it"):
+            measure(tmp_path, Silent())
+
+    def test_a_trainer_that_ends_before(self, tmp_path):
+        settings = DOUBLE["trainer_kwargs"] | {"max_steps": 7}
+        with pytest.raises(ValueError, match="ended after 112 of 320 examples"):
+            measure(tmp_path, trainer_kwargs=settings)
+
+    def test_data_that_comes_to_an_end(self, tmp_path):
+        """A generator gives nothing in its second epoch."""
+        data = list(batches_in_order(160))
+        with pytest.raises(ValueError, match=r"ended after 160 of 320 examples; .*data that is used up"):
+            measure(tmp_path, data=lambda size: (batch for batch in data), sizes=(16, 32))
+
+    def test_functions_among_the_hyper_parameters(self, tmp_path):
+        """They are printed with their address, which is another one in every process."""
+
+        class WithFunction(Model):
+            def __init__(self, function):
+                super().__init__()
+                self.save_hyperparameters()
+
+        def made():
+            def function():
+                pass
+
+            return function
+
+        first = measure(tmp_path, WithFunction(made()))
+        assert measure(tmp_path, WithFunction(made())) == first
+
     def test_manual_optimization(self, tmp_path):
         model = Model()
         model.automatic_optimization = False
