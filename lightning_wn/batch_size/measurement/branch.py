@@ -8,17 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_wn.batch_size.measurement.loss_curve import SMOOTHING, CurveRecorder, LossCurve
-from lightning_wn.batch_size.scaled_step import ScaledLearningRate
 from lightning_wn.batch_size.scheduler_clock import step_schedulers
-from lightning_wn.batch_size.short_window import WindowCount
+from lightning_wn.batch_size.whole_windows import WholeWindows
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
-from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step
+from lightning_wn.noise_scale.run_facts import is_log_step
 from lightning_wn.trainer_callbacks import callbacks_of
 
 _LOOK_AGAIN = 0.03
@@ -88,7 +86,7 @@ class Branch:
         )
 
 
-class BranchWatch(Callback):
+class BranchWatch(WholeWindows):
     """Trains a branch at its learning rate, records its losses, and ends it.
 
     Args:
@@ -131,9 +129,6 @@ class BranchWatch(Callback):
         self._on_progress = on_progress
         self._losses = CurveRecorder()
         self._monitored: list[tuple[int, float, float]] = []
-        self._window = WindowCount()
-        self._scaled: ScaledLearningRate | None = None
-        self._stepped = False
         self._steps = 0
         self._batches = 0
         self._batches_before = 0
@@ -170,28 +165,7 @@ class BranchWatch(Callback):
                 "`batch_sizes` must not go below `base_batch_size` for a model whose learning-rate scheduler steps "
                 "with the optimizer: it cannot be held back; leave those sizes out."
             )
-        self._scaled = ScaledLearningRate(trainer.optimizers[0])
-        self._scaled.factor = self._rate_factor
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Begin a window."""
-        self._window.on_before_zero_grad()
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count a micro-batch."""
-        self._window.on_after_backward()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Make a short window's gradient a mean, and let the learning rate's factor in."""
-        self._stepped = True
-        self._window.on_before_optimizer_step(trainer, optimizer)
-        assert self._scaled is not None
-        if not self._scaled.in_step and not has_loss_scaler(trainer):
-            raise RuntimeError(
-                f"No factor can be put on the learning rate of {type(optimizer).__name__}, whose step runs no hooks; "
-                "let it call `torch.optim.Optimizer.__init__`."
-            )
-        self._scaled.gradient_is_ready()
+        self._take_hold_of_optimizer(trainer.optimizers[0], self._rate_factor)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -245,11 +219,11 @@ class BranchWatch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the last losses and leave the optimizer."""
         self._look(trainer)
-        self._let_go()
+        self._let_go_of_optimizer()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizer as it was."""
-        self._let_go()
+        self._let_go_of_optimizer()
 
     def add_monitored(self, value: float) -> None:
         """Add a value of the end of the branch."""
@@ -275,8 +249,8 @@ class BranchWatch(Callback):
             raise ValueError(f"The branch {name} has no loss; let `training_step` return it.")
         raise ValueError(
             f"The branch {name} ended after {self._examples:g} of {self._num_examples:g} examples; "
-            "neither `trainer_kwargs` (a small `max_steps`, an EarlyStopping) nor data that is used up for good may end "
-            "it before."
+            "neither `trainer_kwargs` (a small `max_steps`, an EarlyStopping) nor data that is used up for good may "
+            "end it before."
         )
 
     def _is_there(self) -> bool:
@@ -311,11 +285,6 @@ class BranchWatch(Callback):
             self._scheduler_steps += 1
             for config in step_schedulers(trainer):
                 pl_module.lr_scheduler_step(config.scheduler, None)
-
-    def _let_go(self) -> None:
-        if self._scaled is not None:
-            self._scaled.detach()
-        self._scaled = None
 
 
 def monitored_value(metrics: Any, monitor: str) -> float:
