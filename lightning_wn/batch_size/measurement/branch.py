@@ -205,7 +205,7 @@ class BranchWatch(WholeWindows):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the monitored value."""
-        if self._monitor is None or trainer.sanity_checking or not self._steps:
+        if self._monitor is None or not self._steps:
             return
         value = monitored_value(trainer.callback_metrics, self._monitor)
         self._look(trainer)

@@ -53,6 +53,12 @@ def curves(directory):
     return {(branch.plan.batch_size, branch.plan.learning_rate_factor): branch for branch in branches}
 
 
+def curves_by_seed(directory, size):
+    """From the seed to the branch of a batch size."""
+    files = [json.loads(path.read_text()) for path in (directory / "branches").glob(f"batch_{size}_*.json")]
+    return {branch.plan.seed: branch for branch in map(Branch.from_dict, files)}
+
+
 def losses_by_hand(model, micro_batches, windows, rate, *, scheduler_steps=1):
     """Mean losses of windows before their update, with the learning rate times ``rate`` within the step."""
     optimizer = OPTIMIZERS[model.optimizer](model.parameters())
@@ -237,6 +243,48 @@ class TestNothingElseChanges:
         trainer.fit_loop.max_epochs = 2
         trainer.fit(model, datamodule=data)
         assert trainer.global_step == 2 * step
+
+
+class TestSeeds:
+    """The first loss is that of the untrained weights on the first batch."""
+
+    @staticmethod
+    def first_losses(directory, model, **arguments):
+        data = digits(320, torch.float64)
+        measure(
+            directory, model, lambda size: DataLoader(data, size, shuffle=True), (16, 32), seeds=(0, 1), **arguments
+        )
+        branches = [json.loads(path.read_text()) for path in sorted((directory / "branches").iterdir())]
+        return {(b["plan"]["batch_size"], b["plan"]["seed"]): b["curve"]["losses"][0] for b in branches}
+
+    def test_of_the_order_of_the_data(self, tmp_path):
+        weights = Model()
+        found = self.first_losses(tmp_path, weights)
+        for seed in (0, 1):
+            L.seed_everything(seed, verbose=False)
+            x, y = next(iter(DataLoader(digits(320, torch.float64), 32, shuffle=True)))
+            expected = float(nn.functional.cross_entropy(weights(x), y))
+            assert found[32, seed] == pytest.approx(expected, rel=1e-9)
+        assert abs(found[16, 0] - found[16, 1]) > 1e-4
+
+    def test_of_the_weights_where_a_function_makes_them(self, tmp_path):
+        class Seeded(Model):
+            def __init__(self):
+                super().__init__()
+                nn.init.normal_(self.net[2].bias)  # DigitsMLP has a seed of its own
+
+        def everything():
+            return DataLoader(digits(320, torch.float64), 320)
+
+        measure(tmp_path, Seeded, lambda size: everything(), (320, 640), num_examples=640, seeds=(0, 1))
+        branches = curves_by_seed(tmp_path, 320)
+        for seed in (0, 1):
+            L.seed_everything(seed, verbose=False)
+            model = Seeded()
+            x, y = next(iter(everything()))
+            expected = float(nn.functional.cross_entropy(model(x), y))
+            assert branches[seed].curve.losses[0] == pytest.approx(expected, rel=1e-9)
+        assert branches[0].curve.losses[0] != pytest.approx(branches[1].curve.losses[0], rel=1e-3)
 
 
 class TestNeverTwice:
