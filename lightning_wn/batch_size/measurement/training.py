@@ -256,18 +256,14 @@ class BranchTrainer:
 def copy_without_trainer(value: Any) -> Any:
     """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
     memo: dict[int, Any] = {}
-    for trainer in (getattr(value, "_trainer", None), getattr(value, "trainer", None) if _is_data(value) else None):
-        if trainer is not None:
-            memo[id(trainer)] = None
+    # a LightningModule leaves its Trainer out by itself
+    if isinstance(value, LightningDataModule) and value.trainer is not None:
+        memo[id(value.trainer)] = None
     if isinstance(value, DataLoader):
         memo[id(value.dataset)] = value.dataset
         if value._iterator is not None:  # workers that persist
             memo[id(value._iterator)] = None
     return copy.deepcopy(value, memo)
-
-
-def _is_data(value: Any) -> bool:
-    return isinstance(value, LightningDataModule)
 
 
 def _copied(value: Any) -> Any:
