@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_wn.batch_size.accumulation_rule import (
     AccumulationRule,
@@ -32,20 +31,19 @@ from lightning_wn.batch_size.adaptive_checks import (
     require_reachable_start,
     warn_of_steps,
 )
-from lightning_wn.batch_size.scaled_step import ScaledLearningRate
 from lightning_wn.batch_size.schedule import AccumulationSchedule, ScheduleUnit
 from lightning_wn.batch_size.scheduler_clock import SchedulerClock
-from lightning_wn.batch_size.short_window import WindowCount
+from lightning_wn.batch_size.whole_windows import WholeWindows
 from lightning_wn.lightning_imports import require_lightning_trainer
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.mailbox import Mailbox
-from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step, log_interval, step_to_log
+from lightning_wn.noise_scale.run_facts import is_log_step, log_interval, step_to_log
 
 _CLOCKS = ("auto", "batches", "steps")
 
 
-class AdaptiveBatchSizeCallback(Callback):
+class AdaptiveBatchSizeCallback(WholeWindows):
     r"""Changes the batch size while training, through ``accumulate_grad_batches``.
 
     Either toward a fraction of the noise scale that a :class:`~lightning_wn.GradientNoiseScaleCallback` in the same
@@ -160,7 +158,6 @@ class AdaptiveBatchSizeCallback(Callback):
         self._mailbox = Mailbox(9)
         self._trainer: Trainer | None = None
         self._noise_scale: GradientNoiseScaleCallback | None = None
-        self._scaled: ScaledLearningRate | None = None
         self._trainers_own = 1
         self._restores = True
         self._factor: int
@@ -217,8 +214,7 @@ class AdaptiveBatchSizeCallback(Callback):
             require_learning_rates(optimizer)
         self._trainer = trainer
         trainer.accumulate_grad_batches = self._factor
-        self._scaled = ScaledLearningRate(optimizer)
-        self._scaled.factor = self._learning_rate_factor
+        self._take_hold_of_optimizer(optimizer, self._learning_rate_factor)
         lowest = self._rule.min_accumulate if self._rule.allow_decrease else self._clock.first
         warn_of_steps(
             trainer,
@@ -244,26 +240,6 @@ class AdaptiveBatchSizeCallback(Callback):
                 self._change(trainer)
         if self._counts:
             self._counted_here = self._counted_here + count_examples(batch, self.batch_size_fn).total
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Begin to count the micro-batches of a window."""
-        self._window.on_before_zero_grad()
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count a micro-batch of the window."""
-        self._window.on_after_backward()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Make a short window's gradient a mean, and let the learning rate's factor in."""
-        self._stepped = True
-        self._window.on_before_optimizer_step(trainer, optimizer)
-        assert self._scaled is not None
-        if not self._scaled.in_step and not has_loss_scaler(trainer):
-            raise RuntimeError(
-                f"`AdaptiveBatchSizeCallback` cannot put a factor on the learning rate of {type(optimizer).__name__}, "
-                "whose step runs no hooks; let it call `torch.optim.Optimizer.__init__`."
-            )
-        self._scaled.gradient_is_ready()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -406,7 +382,7 @@ class AdaptiveBatchSizeCallback(Callback):
         self._counted = 0.0
         self._counted_here = 0.0
         self._clock = SchedulerClock(factor)
-        self._window = WindowCount()
+        self._micro_batches = 0
         self._stepped = False
         self._said_approximate = False
 
@@ -426,11 +402,6 @@ class AdaptiveBatchSizeCallback(Callback):
             # ranks of tensor parallelism share their batches
             counted *= replicas
         self._counted += counted
-
-    def _let_go_of_optimizer(self) -> None:
-        if self._scaled is not None:
-            self._scaled.detach()
-        self._scaled = None
 
     def _let_go_of_trainer(self, trainer: Trainer) -> None:
         # StochasticWeightAveraging puts back in `on_train_end` what it found

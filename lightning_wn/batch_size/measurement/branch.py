@@ -8,17 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_wn.batch_size.measurement.loss_curve import SMOOTHING, CurveRecorder, LossCurve
-from lightning_wn.batch_size.scaled_step import ScaledLearningRate
 from lightning_wn.batch_size.scheduler_clock import step_schedulers
-from lightning_wn.batch_size.short_window import WindowCount
+from lightning_wn.batch_size.whole_windows import WholeWindows
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
-from lightning_wn.noise_scale.run_facts import has_loss_scaler, is_log_step
+from lightning_wn.noise_scale.run_facts import is_log_step
 from lightning_wn.trainer_callbacks import callbacks_of
 
 _LOOK_AGAIN = 0.03
@@ -88,7 +86,7 @@ class Branch:
         )
 
 
-class BranchWatch(Callback):
+class BranchWatch(WholeWindows):
     """Trains a branch at its learning rate, records its losses, and ends it.
 
     Args:
@@ -131,10 +129,9 @@ class BranchWatch(Callback):
         self._on_progress = on_progress
         self._losses = CurveRecorder()
         self._monitored: list[tuple[int, float, float]] = []
-        self._window = WindowCount()
-        self._scaled: ScaledLearningRate | None = None
-        self._stepped = False
         self._steps = 0
+        self._batches = 0
+        self._batches_before = 0
         self._look_at = 1
         self._scheduler_steps = 0
         # of the window under way, and of windows whose losses are still on the device
@@ -151,6 +148,16 @@ class BranchWatch(Callback):
         """How the curve is to be smoothed."""
         return 0.0 if self._monitor else SMOOTHING
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the branch came to an end of its own, and not to one of the Trainer's."""
+        return (
+            self.diverged
+            or self._examples >= self._num_examples
+            or self._steps >= self._most_steps
+            or (self._target_loss is not None and self._is_there())
+        )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the optimizer's step."""
         if self._scheduler_ratio < 1.0 and step_schedulers(trainer):
@@ -158,33 +165,13 @@ class BranchWatch(Callback):
                 "`batch_sizes` must not go below `base_batch_size` for a model whose learning-rate scheduler steps "
                 "with the optimizer: it cannot be held back; leave those sizes out."
             )
-        self._scaled = ScaledLearningRate(trainer.optimizers[0])
-        self._scaled.factor = self._rate_factor
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Begin a window."""
-        self._window.on_before_zero_grad()
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count a micro-batch."""
-        self._window.on_after_backward()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Make a short window's gradient a mean, and let the learning rate's factor in."""
-        self._stepped = True
-        self._window.on_before_optimizer_step(trainer, optimizer)
-        assert self._scaled is not None
-        if not self._scaled.in_step and not has_loss_scaler(trainer):
-            raise RuntimeError(
-                f"No factor can be put on the learning rate of {type(optimizer).__name__}, whose step runs no hooks; "
-                "let it call `torch.optim.Optimizer.__init__`."
-            )
-        self._scaled.gradient_is_ready()
+        self._take_hold_of_optimizer(trainer.optimizers[0], self._rate_factor)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss, and at the end of a window step schedulers and see whether the branch is over."""
+        self._batches += 1
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             # Lightning has divided it
@@ -207,13 +194,18 @@ class BranchWatch(Callback):
             # the end is met exactly, though a short window has fewer examples
             left = math.ceil(min(self._num_examples - self._examples, 2.0**53) / self._batch_size)
             self._look_at = self._steps + max(1, min(left, math.ceil(self._steps * _LOOK_AGAIN)))
-            is_over = self._examples >= self._num_examples or self._steps >= self._most_steps
-            if self.diverged or is_over or (not self._monitor and self._is_there()):
+            if self.is_over:
                 trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where data has come to an end for good, which would be waited for for ever."""
+        if self._batches == self._batches_before:
+            trainer.should_stop = True
+        self._batches_before = self._batches
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the monitored value."""
-        if self._monitor is None or trainer.sanity_checking or not self._steps:
+        if self._monitor is None or not self._steps:
             return
         value = monitored_value(trainer.callback_metrics, self._monitor)
         self._look(trainer)
@@ -221,17 +213,17 @@ class BranchWatch(Callback):
             self.diverged = True
         elif not self._monitored or self._monitored[-1][0] < self._steps:
             self._monitored.append((self._steps, self._examples, value))
-        if self.diverged or self._is_there():
+        if self.is_over:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the last losses and leave the optimizer."""
         self._look(trainer)
-        self._let_go()
+        self._let_go_of_optimizer()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizer as it was."""
-        self._let_go()
+        self._let_go_of_optimizer()
 
     def add_monitored(self, value: float) -> None:
         """Add a value of the end of the branch."""
@@ -239,6 +231,27 @@ class BranchWatch(Callback):
             self._monitored.append((self._steps, self._examples, value))
         else:
             self.diverged = True
+
+    def require_end(self, name: str) -> None:
+        """Raise ValueError if the Trainer ended the branch before its time.
+
+        Args:
+            name: The branch's.
+        """
+        if self.is_over:
+            return
+        if not self._batches:
+            raise ValueError(
+                f"`data` gave no batch for the branch {name}; a batch may be larger than the data set, and "
+                "`drop_last=True` then leaves none."
+            )
+        if not self._examples:
+            raise ValueError(f"The branch {name} has no loss; let `training_step` return it.")
+        raise ValueError(
+            f"The branch {name} ended after {self._examples:g} of {self._num_examples:g} examples; "
+            "neither `trainer_kwargs` (a small `max_steps`, an EarlyStopping) nor data that is used up for good may "
+            "end it before."
+        )
 
     def _is_there(self) -> bool:
         return self._target_loss is not None and math.isfinite(self.curve.steps_to(self._target_loss, self.smoothing))
@@ -272,11 +285,6 @@ class BranchWatch(Callback):
             self._scheduler_steps += 1
             for config in step_schedulers(trainer):
                 pl_module.lr_scheduler_step(config.scheduler, None)
-
-    def _let_go(self) -> None:
-        if self._scaled is not None:
-            self._scaled.detach()
-        self._scaled = None
 
 
 def monitored_value(metrics: Any, monitor: str) -> float:

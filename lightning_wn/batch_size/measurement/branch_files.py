@@ -32,10 +32,11 @@ class BranchFiles:
                 name for name in found.keys() | self._settings if found.get(name) != self._settings.get(name)
             )
             name = names[0]
+            seeding = " (seed the random state before the model is made, or pass a function that makes it)"
             raise ValueError(
                 f"`directory` {str(self.directory)!r} holds branches of another experiment: `{name}` was "
-                f"{found.get(name)!r} there and is {self._settings.get(name)!r} now; choose another directory, or "
-                "remove it."
+                f"{found.get(name)!r} there and is {self._settings.get(name)!r} now"
+                f"{seeding if name == 'weights' else ''}; choose another directory, or remove it."
             )
 
     def load(self, plan: BranchPlan) -> Branch | None:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ _OURS = (
     "logger", "enable_checkpointing", "enable_progress_bar", "barebones",
 )  # fmt: skip
 _NEVER = 10**9
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""Where a function lies in memory, which is elsewhere in the next process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +172,7 @@ class BranchTrainer:
             trainer.fit(model, **loaders, **validation, ckpt_path=self.ckpt_path, weights_only=self.weights_only)
             if not trainer.state.finished:
                 raise RuntimeError(f"The branch {plan.name} was interrupted, and will be trained anew next time.")
-            if not watch.curve.steps and not watch.diverged and (self.monitor is None or self.target_loss is not None):
-                raise ValueError(
-                    f"The branch {plan.name} recorded no loss; let `training_step` return it"
-                    + (f", and validate more often for `monitor={self.monitor!r}`." if self.monitor else ".")
-                )
+            watch.require_end(plan.name)
             if self.monitor is not None and self.target_loss is None and not watch.diverged:
                 arguments = {"datamodule": data} if is_module else {"dataloaders": validation["val_dataloaders"]}
                 found = trainer.validate(model, **arguments, verbose=False)
@@ -199,7 +198,7 @@ class BranchTrainer:
         return {
             "model": type(model).__name__,
             "weights": digest.hexdigest()[:16],
-            "hparams": {str(name): str(value) for name, value in model.hparams.items()},
+            "hparams": {str(name): _ADDRESS.sub("", str(value)) for name, value in model.hparams.items()},
             "num_examples": self.num_examples,
             "target_loss": self.target_loss,
             "monitor": self.monitor,
@@ -257,18 +256,14 @@ class BranchTrainer:
 def copy_without_trainer(value: Any) -> Any:
     """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
     memo: dict[int, Any] = {}
-    for trainer in (getattr(value, "_trainer", None), getattr(value, "trainer", None) if _is_data(value) else None):
-        if trainer is not None:
-            memo[id(trainer)] = None
+    # a LightningModule leaves its Trainer out by itself
+    if isinstance(value, LightningDataModule) and value.trainer is not None:
+        memo[id(value.trainer)] = None
     if isinstance(value, DataLoader):
         memo[id(value.dataset)] = value.dataset
         if value._iterator is not None:  # workers that persist
             memo[id(value._iterator)] = None
     return copy.deepcopy(value, memo)
-
-
-def _is_data(value: Any) -> bool:
-    return isinstance(value, LightningDataModule)
 
 
 def _copied(value: Any) -> Any:

@@ -20,7 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback, measure_critical_batch_size
-from lightning_wn.batch_size.measurement.branch import Branch
+from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
+from lightning_wn.batch_size.measurement.conclusion import conclude
+from lightning_wn.batch_size.measurement.loss_curve import LossCurve
+from lightning_wn.batch_size.measurement.training import copy_without_trainer
 
 QUICK = {"progress_bar": False, "trainer_kwargs": {"accelerator": "cpu"}}
 DOUBLE = {"progress_bar": False, "trainer_kwargs": {"accelerator": "cpu", "precision": "64-true"}}
@@ -51,6 +54,12 @@ def curves(directory):
     files = [json.loads(path.read_text()) for path in sorted((directory / "branches").glob("*.json"))]
     branches = [Branch.from_dict(values) for values in files]
     return {(branch.plan.batch_size, branch.plan.learning_rate_factor): branch for branch in branches}
+
+
+def curves_by_seed(directory, size):
+    """From the seed to the branch of a batch size."""
+    files = [json.loads(path.read_text()) for path in (directory / "branches").glob(f"batch_{size}_*.json")]
+    return {branch.plan.seed: branch for branch in map(Branch.from_dict, files)}
 
 
 def losses_by_hand(model, micro_batches, windows, rate, *, scheduler_steps=1):
@@ -237,6 +246,81 @@ class TestNothingElseChanges:
         trainer.fit_loop.max_epochs = 2
         trainer.fit(model, datamodule=data)
         assert trainer.global_step == 2 * step
+
+
+class TestCopies:
+    def test_a_loader_shares_its_data_set_and_has_a_sampler_of_its_own(self):
+        loader = DataLoader(digits(160), 16, shuffle=True, generator=torch.Generator())
+        copied = copy_without_trainer(loader)
+        assert copied.dataset is loader.dataset
+        assert copied.sampler.data_source is loader.dataset
+        assert copied.generator is not loader.generator
+
+    def test_workers_that_persist(self, tmp_path):
+        loader = DataLoader(digits(160, torch.float64), 16, num_workers=1, persistent_workers=True)
+        next(iter(loader))
+        assert copy_without_trainer(loader)._iterator is None
+
+    def test_no_trainer(self):
+        class Data(L.LightningDataModule):
+            def train_dataloader(self):
+                return batches_in_order(160)
+
+        model, data = Model(), Data()
+        L.Trainer(max_epochs=1, precision="64-true", **QUIET).fit(model, data)
+        assert copy_without_trainer(model)._trainer is None
+        assert copy_without_trainer(data).trainer is None
+        assert None not in (model._trainer, data.trainer)
+
+
+def test_no_validation_unless_it_is_monitored(tmp_path):
+    class Refuses(Model):
+        def validation_step(self, batch, batch_idx):
+            raise AssertionError
+
+    measure(tmp_path, Refuses(), val_dataloaders=batches_in_order(32))
+
+
+class TestSeeds:
+    """The first loss is that of the untrained weights on the first batch."""
+
+    @staticmethod
+    def first_losses(directory, model, **arguments):
+        data = digits(320, torch.float64)
+        measure(
+            directory, model, lambda size: DataLoader(data, size, shuffle=True), (16, 32), seeds=(0, 1), **arguments
+        )
+        branches = [json.loads(path.read_text()) for path in sorted((directory / "branches").iterdir())]
+        return {(b["plan"]["batch_size"], b["plan"]["seed"]): b["curve"]["losses"][0] for b in branches}
+
+    def test_of_the_order_of_the_data(self, tmp_path):
+        weights = Model()
+        found = self.first_losses(tmp_path, weights)
+        for seed in (0, 1):
+            L.seed_everything(seed, verbose=False)
+            x, y = next(iter(DataLoader(digits(320, torch.float64), 32, shuffle=True)))
+            expected = float(nn.functional.cross_entropy(weights(x), y))
+            assert found[32, seed] == pytest.approx(expected, rel=1e-9)
+        assert abs(found[16, 0] - found[16, 1]) > 1e-4
+
+    def test_of_the_weights_where_a_function_makes_them(self, tmp_path):
+        class Seeded(Model):
+            def __init__(self):
+                super().__init__()
+                nn.init.normal_(self.net[2].bias)  # DigitsMLP has a seed of its own
+
+        def everything():
+            return DataLoader(digits(320, torch.float64), 320)
+
+        measure(tmp_path, Seeded, lambda size: everything(), (320, 640), num_examples=640, seeds=(0, 1))
+        branches = curves_by_seed(tmp_path, 320)
+        for seed in (0, 1):
+            L.seed_everything(seed, verbose=False)
+            model = Seeded()
+            x, y = next(iter(everything()))
+            expected = float(nn.functional.cross_entropy(model(x), y))
+            assert branches[seed].curve.losses[0] == pytest.approx(expected, rel=1e-9)
+        assert branches[0].curve.losses[0] != pytest.approx(branches[1].curve.losses[0], rel=1e-3)
 
 
 class TestNeverTwice:
@@ -433,6 +517,25 @@ class TestTargetLoss:
         # S steps are 10 - 0.01 S; joined over log(steps) between validations
         assert [row.steps for row in found.batch_sizes] == pytest.approx([100] * 3, rel=1e-3)
 
+    def test_short_batches_count_as_what_they_are(self, tmp_path):
+        """96 examples in batches of 64 are 64 and 32: 48 on average, which is where these steps belong."""
+
+        class Law(Falls):
+            def on_before_optimizer_step(self, optimizer):
+                self.weight.grad.mul_(10.0 / (1.0 + 40.0 / self.mean))
+
+            def on_train_batch_start(self, batch, batch_idx):
+                self.mean = {64: 48.0, 32: 48.0 if self.trainer.num_training_batches == 2 else 32.0}.get(
+                    len(batch), len(batch)
+                )
+
+        data = torch.zeros(96, 1)
+        found = measure(tmp_path, Law(), lambda size: DataLoader(data, size), (8, 16, 32, 64), num_examples=16000,
+                        learning_rate="none", method="target_loss", target_loss=5.0)  # fmt: skip
+        assert found.batch_sizes[-1].mean_batch_size == pytest.approx(48, rel=0.01)
+        assert found.critical_batch_size == pytest.approx(40, rel=0.02)
+        assert any("short batches or windows at batch size 64" in note for note in found.notes)
+
     def test_a_size_that_does_not_get_there(self, tmp_path):
         """At 128 the budget is 40 steps, and 100 are needed."""
         found = measure(tmp_path, Falls(), noise, (8, 16, 32, 128), num_examples=5120, learning_rate="none",
@@ -462,6 +565,21 @@ class TestNoiseScale:
         assert found.predicted == near.noise_scale
         assert "The noise scale predicted" in str(found)
 
+    def test_until_the_target_alone(self):
+        """What was measured while smoothing looked ahead does not count."""
+        steps = tuple(range(1, 101))
+        branches = {}
+        for size in (8, 16, 32):
+            curve = LossCurve(steps, tuple(float(size * s) for s in steps), tuple(2.0 - 0.01 * s for s in steps))
+            along = ((40, 10.0), (80, 10.0), (90, 1e9))
+            branches[size] = [Branch(plan=BranchPlan(batch_size=size), curve=curve, noise_scales=along)]
+        found = conclude(
+            branches, method="target_loss", target_loss=1.19, tolerance=0.01, confidence=0.95, unit="examples",
+            rate=lambda size: 1.0, edges=(), tuned=False,
+        )  # fmt: skip
+        assert 80 < found.batch_sizes[0].steps < 82
+        assert found.batch_sizes[0].noise_scale == pytest.approx(10.0)
+
     def test_the_users_callback_is_not_touched(self, tmp_path):
         callback = GradientNoiseScaleCallback(every_n_steps=1)
         settings = DOUBLE["trainer_kwargs"] | {"callbacks": [callback]}
@@ -476,6 +594,7 @@ class TestResult:
             rows = list(csv.DictReader(file))
         assert [float(row["batch_size"]) for row in rows] == [16, 32, 64]
         assert [float(row["loss"]) for row in rows] == [row.loss for row in found.batch_sizes]
+        assert [float(row["learning_rate_factor"]) for row in rows] == pytest.approx([1.0, math.sqrt(2.0), 2.0])
 
     def test_printed(self, tmp_path):
         text = str(measure(tmp_path))
@@ -533,6 +652,47 @@ class TestBadInput:
         with pytest.raises(ValueError, match=match):
             measure(tmp_path, **{"model": Watched()} | arguments)
         assert Watched.training_steps == 0
+
+    def test_a_batch_larger_than_the_data(self, tmp_path):
+        data = digits(160, torch.float64)
+        with pytest.raises(ValueError, match="gave no batch for the branch batch_256_rate_1_seed_0"):
+            measure(tmp_path, None, lambda size: DataLoader(data, size, drop_last=True), (16, 256))
+
+    def test_a_loss_that_is_not_returned(self, tmp_path):
+        class Silent(Model):
+            def training_step(self, batch, batch_idx):
+                return None
+
+        with pytest.raises(ValueError, match="has no loss; let `training_step` return it"):
+            measure(tmp_path, Silent())
+
+    def test_a_trainer_that_ends_before(self, tmp_path):
+        settings = DOUBLE["trainer_kwargs"] | {"max_steps": 7}
+        with pytest.raises(ValueError, match="ended after 112 of 320 examples"):
+            measure(tmp_path, trainer_kwargs=settings)
+
+    def test_data_that_comes_to_an_end(self, tmp_path):
+        """A generator gives nothing in its second epoch."""
+        data = list(batches_in_order(160))
+        with pytest.raises(ValueError, match=r"ended after 160 of 320 examples; .*data that is used up"):
+            measure(tmp_path, data=lambda size: (batch for batch in data), sizes=(16, 32))
+
+    def test_functions_among_the_hyper_parameters(self, tmp_path):
+        """They are printed with their address, which is another one in every process."""
+
+        class WithFunction(Model):
+            def __init__(self, function):
+                super().__init__()
+                self.save_hyperparameters()
+
+        def made():
+            def function():
+                pass
+
+            return function
+
+        first = measure(tmp_path, WithFunction(made()))
+        assert measure(tmp_path, WithFunction(made())) == first
 
     def test_manual_optimization(self, tmp_path):
         model = Model()
