@@ -382,7 +382,6 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self._counted = 0.0
         self._counted_here = 0.0
         self._clock = SchedulerClock(factor)
-        self._micro_batches = 0
         self._stepped = False
         self._said_approximate = False
 
