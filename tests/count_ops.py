@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import lightning as L
 import torch
+from frozen_digits import digits, loader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -19,3 +23,21 @@ class CountOps(TorchDispatchMode):
         entry[0] += func.namespace in ("c10d", "_c10d_functional")
         entry[1] += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+def count_with_and_without(
+    trainer: Callable[[list[L.Callback]], L.Trainer],
+    model: Callable[[], L.LightningModule],
+    callback: Callable[[], L.Callback],
+    *,
+    steps: int,
+) -> list[list[list[int]]]:
+    """What each optimizer step of two runs on the digits took, without a callback and with it."""
+    found = []
+    for callbacks in ([], [callback()]):
+        run = trainer(callbacks)
+        counter = CountOps(run)
+        with counter:
+            run.fit(model(), loader(digits()))
+        found.append([counter.counts.get(step, [0, 0]) for step in range(steps)])
+    return found

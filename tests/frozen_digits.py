@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -115,6 +116,22 @@ def standard_errors(
     # windows of one epoch are dependent, so the epoch's mean is the unit
     spread = torch.stack(pairs).std(0) * (len(windows) / measurements) ** 0.5
     return float(spread[0]), float(spread[1])
+
+
+def assert_true(result: Mapping[str, Any], samples: Sequence[int], measurements: int = 400) -> None:
+    """Within three standard errors of a design whose own are below 3 %.
+
+    Args:
+        result: An estimate of the frozen network.
+        samples: Sizes of the samples of each window.
+        measurements: How many windows are averaged.
+    """
+    gradients = per_example_gradients(DigitsMLP(), digits())
+    expected = truth(gradients)
+    spread = standard_errors(gradients, [samples] * (1797 // sum(samples)), measurements)
+    assert result["num_measurements"] == measurements
+    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0] < 3 * 0.03 * expected[0]
+    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1] < 3 * 0.03 * expected[1]
 
 
 def textbook_pair(samples: Tensor, sizes: Sequence[int]) -> tuple[float, float]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 def free_port() -> int:
@@ -46,3 +52,32 @@ def run_script(script: Path, *arguments: str, timeout: float = 240, cwd: Path | 
         process.wait()
     assert process.returncode == 0, f"{script.name} {' '.join(arguments)} exited {process.returncode}:\n{output}"
     return output
+
+
+def results_of_ranks(script: Path, folder: Path, *arguments: str, ranks: int = 2) -> list[dict[str, Any]]:
+    """Run a script that writes FOLDER/rank<r>.json on every rank; return what they hold."""
+    run_script(script, str(folder), *arguments, cwd=folder)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def outcomes(results: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """All ranks' results of one scenario; what it raised on a rank fails the test."""
+    found = [rank[name] for rank in results]
+    for outcome in found:
+        if isinstance(outcome, dict) and "error" in outcome:
+            pytest.fail(outcome["error"])
+    return found
+
+
+def write_scenarios(scenarios: Sequence[Callable[[str], Any]], folder: str, names: Sequence[str] = ()) -> None:
+    """Run scenarios, or those named, on a rank, and write what they return to FOLDER/rank<r>.json."""
+    results: dict[str, Any] = {}
+    for scenario in scenarios:
+        if names and scenario.__name__ not in names:
+            continue
+        try:
+            results[scenario.__name__] = scenario(folder)
+        except BaseException:  # one failure must not hide the other results
+            results[scenario.__name__] = {"error": traceback.format_exc()}
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))

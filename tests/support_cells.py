@@ -25,10 +25,12 @@ from support_models import (
     CommunicationHook,
     Deep,
     Frozen,
+    Lengthen,
     Net,
     Normalized,
     OwnReduction,
     OwnSyncBatchNorm,
+    Reparametrized,
     Sometimes,
     SparseWords,
     Stream,
@@ -41,6 +43,7 @@ from support_models import (
     Words,
     count_tokens,
     examples,
+    lengthen,
     token_examples,
 )
 from torch import Tensor
@@ -436,9 +439,22 @@ def _(run: Run) -> None:
 
 @row("`WeightNormCallback`")
 def _(run: Run) -> None:
-    run.callbacks = [WeightNormCallback()]
-    run.reference = apply_weight_norm
+    def reference(model: Net) -> None:
+        apply_weight_norm(model)
+        lengthen(model)
+
+    run.callbacks = [WeightNormCallback(), Lengthen()]
+    run.reference = reference
     run.fix = "exclude the layer"
+
+
+@row("`apply_weight_norm` in `configure_model`")
+def _(run: Run) -> None:
+    run.model = Reparametrized
+    if run.column == "sharded":
+        # a sharded model's checkpoint holds g and v
+        run.callbacks = [WeightNormCallback(checkpoint="parametrized")]
+    run.reference = lambda model: model.configure_model()
 
 
 @row("tied weights")

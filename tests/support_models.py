@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import IterableDataset, TensorDataset
 
+from lightning_wn import apply_weight_norm
+
 EXAMPLES = 48
 CLASSES = 3
 WIDTH = 6
@@ -103,6 +105,30 @@ class TwoNets(ByHand):
 class Checkpointed(Net):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.body, x, use_reentrant=False)
+
+
+def lengthen(model: Net) -> None:
+    """Make every v of a weight-normalized model longer; at first g's and v's norms add up to the weight's own."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight.original1"):
+                parameter.mul_(3.0)
+
+
+class Lengthen(L.Callback):
+    """The same after ``WeightNormCallback`` has rewritten the model."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        lengthen(pl_module)
+
+
+class Reparametrized(Net):
+    """Weight-normalized before it is sharded."""
+
+    def configure_model(self) -> None:
+        if apply_weight_norm(self):
+            lengthen(self)
+        super().configure_model()
 
 
 class Normalized(Net):

@@ -155,7 +155,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self.batch_size_fn = batch_size_fn
         self.noise_scale_prefix = noise_scale_prefix
         self.prefix = prefix
-        self._mailbox = Mailbox(2)
+        self._mailbox = Mailbox(9)
         self._trainer: Trainer | None = None
         self._noise_scale: GradientNoiseScaleCallback | None = None
         self._trainers_own = 1
@@ -260,7 +260,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         if self._counts:
             self._pool(trainer, together=True)
         if trainer.local_rank == 0:
-            self._mailbox.post([self._factor, self._learning_rate_factor])
+            self._post_mail()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizer and the Trainer as they were, also in the middle of a step."""
@@ -279,6 +279,9 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         if self._trainer is not None and self._counts:
             # after an exception a rank may be gone, and waiting for it would lose the checkpoint
             self._pool(self._trainer, together=self._trainer.state.status != TrainerStatus.INTERRUPTED)
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "accumulate_grad_batches": self._factor,
             "wanted": self._wanted,
@@ -292,8 +295,10 @@ class AdaptiveBatchSizeCallback(WholeWindows):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, if a fit goes on."""
-        if not self._restores:
-            return
+        if self._restores:
+            self._take_over(state_dict)
+
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
         self._factor = state_dict["accumulate_grad_batches"]
         self._wanted = state_dict["wanted"]
         self._learning_rate_factor = state_dict["learning_rate_factor"]
@@ -377,7 +382,6 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self._counted = 0.0
         self._counted_here = 0.0
         self._clock = SchedulerClock(factor)
-        self._micro_batches = 0
         self._stepped = False
         self._said_approximate = False
 
@@ -427,11 +431,21 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step_to_log(trainer))
 
+    def _post_mail(self) -> None:
+        state = self._state()
+        clock = state.pop("scheduler_steps")
+        self._mailbox.post([*map(float, state.values()), *map(float, clock)])
+
     def _collect_mail(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
         mail = self._mailbox.collect()
-        if mail is not None:
-            self._factor, self._learning_rate_factor = int(mail[0]), mail[1]
+        if mail is None:
+            return
+        *numbers, in_epoch, behind = mail
+        # each number is again of the type that it has here
+        kinds = {name: type(value) for name, value in self._state().items() if name != "scheduler_steps"}
+        state: dict[str, Any] = {name: kind(x) for (name, kind), x in zip(kinds.items(), numbers, strict=True)}
+        self._take_over(state | {"scheduler_steps": [int(in_epoch), int(behind)]})
 
     def _say_approximate(self) -> None:
         if not self._said_approximate:

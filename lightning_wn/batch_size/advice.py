@@ -25,6 +25,7 @@ from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
 __all__ = ["BatchSizeAdvice", "RunConfiguration", "advise_batch_size"]
 
 _UNKNOWN = Factor(math.nan, math.nan, math.nan)
+_NOT_MEASURED = "No advice on the batch size: the noise scale was not measured yet."
 _LEARNING_RATE_MATTERS = (
     "The noise scale depends on the learning rate: on handwritten digits it read 27 to 58 at the tuned rate of SGD and "
     "188 at a quarter of it. Tune the rate first, and measure again after a change."
@@ -86,7 +87,7 @@ class BatchSizeAdvice:
         """A short text for people."""
         estimate = self.estimate
         if not estimate.num_measurements:
-            return "No advice on the batch size: the noise scale was not measured yet."
+            return _NOT_MEASURED
         return "\n".join([str(estimate)[0].upper() + str(estimate)[1:] + ".", *self.lines()])
 
     def lines(self) -> list[str]:
@@ -103,16 +104,10 @@ class BatchSizeAdvice:
     def sentences(self, table: Sequence[str] = ()) -> list[str]:
         """Return the advice in words alone, or around the lines of a table."""
         if math.isnan(self.suggested_batch_size):
-            lower, unit = self.estimate.lower, self.estimate.unit
-            at_least = f"The noise scale is probably above {format_count(lower)} {unit}."
-            return [
-                "No advice on the batch size: |G|² is not above zero yet; measure more steps.",
-                *([at_least] if 0.0 < lower < math.inf else []),
-                *self.doubts,
-            ]
+            return [self.suggestion, *self.doubts]
         changes = self.suggested_batch_size != self.estimate.batch_size
         parts = [
-            self._suggestion(),
+            self.suggestion,
             self._smaller_micro_batch(),
             self._target() if changes else "",
             *table,
@@ -123,7 +118,17 @@ class BatchSizeAdvice:
         ]
         return [part for part in parts if part]
 
-    def _suggestion(self) -> str:
+    @property
+    def suggestion(self) -> str:
+        """The batch size to try and what it would change, in a sentence or two."""
+        if not self.estimate.num_measurements:
+            return _NOT_MEASURED
+        if math.isnan(self.suggested_batch_size):
+            lower, unit = self.estimate.lower, self.estimate.unit
+            at_least = f" The noise scale is probably above {format_count(lower)} {unit}."
+            return "No advice on the batch size: |G|² is not above zero yet; measure more steps." + (
+                at_least if 0.0 < lower < math.inf else ""
+            )
         old, new = self.configuration.accumulate_grad_batches, self.suggested_accumulate_grad_batches
         size, unit = format_count(self.suggested_batch_size), self.estimate.unit
         if self.suggested_batch_size == self.estimate.batch_size:
@@ -277,7 +282,7 @@ fewest) and twice the fewest possible steps.
         adam_learning_rate_factor=adam.value,
         steps=steps,
         examples=examples,
-        learning_rate={"sgd": sgd, "adam": adam, None: None}[run.learning_rate_rule],
+        learning_rate={"sgd": sgd, "adam": adam, None: None}[run.optimizer_family],
         candidates=candidates,
         more_ranks=_on_more_ranks(estimate, configuration, run, candidates, price_per_device_hour),
         doubts=doubts_about(

@@ -1,7 +1,8 @@
 """The noise scale that the rest of a run will have, from how it grew while the loss fell.
 
 Kaplan et al., *Scaling Laws for Neural Language Models* (arXiv 2001.08361, section 5.1), found the critical batch size
-to follow a power law in the loss alone, B_crit(L) = B_* / L^(1/α_B), whatever the size of the model.
+to follow a power law in the loss alone, B_crit(L) = B_* / L^(1/α_B), whatever the size of the model. Where a
+run does not, it is a better guess that the noise scale stays what it is.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import NormalDist, fmean, median
 
+from lightning_wn.batch_size.power_law import PowerLaw, fit_power_law
 from lightning_wn.noise_scale.statistics import student_t_quantile
 
 MIN_POINTS = 5
 MIN_LOSS_RATIO = 1.1
-_BINS = 12
+_FIRST_ORIGIN = 3
+"""Points of a run that a law needs to foretell the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,14 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseScaleForecast:
-    """The power law B_simple(L) = B_* / L^(1/α), fitted to a run.
+    """Two forecasts of the noise scale in one: the power law B_simple(L) = B_* / L^(1/α), and that it stays as it is.
 
     Attributes:
-        scale: B_*, the noise scale at loss 1.
-        exponent: 1/α: a loss that halves multiplies the noise scale by 2^exponent.
+        scale: B_*, the power law's noise scale at loss 1.
+        exponent: 1/α: by the law, a loss that halves multiplies the noise scale by 2^exponent.
         exponent_error: Standard error of the exponent.
+        weight: That of the power law, 0 to 1; the rest is the last noise scale's.
+        last: The last noise scale.
         num_points: Points behind the fit.
         confidence: Level of the prediction intervals.
     """
@@ -68,12 +72,12 @@ class NoiseScaleForecast:
     scale: float
     exponent: float
     exponent_error: float
+    weight: float
+    last: float
     num_points: int
     confidence: float
-    _mean_log_loss: float
-    _log_at_mean: float
-    _variance_at_mean: float
-    _variance_of_point: float
+    _law: PowerLaw
+    _error_of_last: float
 
     @property
     def alpha(self) -> float:
@@ -91,10 +95,11 @@ class NoiseScaleForecast:
         """
         if not 0 < loss < math.inf:
             raise ValueError(f"`loss` must be a positive number, got {loss!r}; a power law has no other.")
-        distance = math.log(loss) - self._mean_log_loss
-        center = self._log_at_mean - self.exponent * distance
-        variance = self._variance_at_mean + (self.exponent_error * distance) ** 2 + self._variance_of_point
-        reach = student_t_quantile(self.confidence, self.num_points - 2) * math.sqrt(variance)
+        x = math.log(loss)
+        center = self.weight * self._law.at(x) + (1.0 - self.weight) * math.log(self.last)
+        # as if both erred together, which is the most that they can err
+        error = self.weight * self._law.error_at(x) + (1.0 - self.weight) * self._error_of_last
+        reach = student_t_quantile(self.confidence, self.num_points - 2) * error
         return Forecast(
             loss=loss, noise_scale=math.exp(center), lower=math.exp(center - reach), upper=math.exp(center + reach)
         )
@@ -103,20 +108,25 @@ class NoiseScaleForecast:
         """One line for people."""
         return (
             f"noise scale {self.scale:.3g} / loss^{self.exponent:.2g} (exponent ±{self.exponent_error:.2g}, "
-            f"{self.num_points} points)"
+            f"{self.num_points} points), of which {self.weight:.0%} counts, and {1.0 - self.weight:.0%} that it stays "
+            f"{self.last:.3g}"
         )
 
 
 def fit_forecast(
     points: Sequence[LossPoint], *, confidence: float = 0.95, measured_at: float = 0.95
 ) -> NoiseScaleForecast:
-    """Fit the power law by least squares on the logarithms, each point weighted by its interval.
+    """Fit the power law to the run so far, and weigh it against a noise scale that stays what it was last.
 
-    The points must be about independent of each other: :func:`bin_points` makes such out of a logged run. Where they
-    scatter more than their intervals allow, the errors are widened by as much.
+    The law is fitted on logarithms, each point weighted by its interval. Then either is asked what it would have
+    foretold from every earlier point of the run for all later ones, and each counts by the inverse of its mean square
+    error there (Bates & Granger, *The Combination of Forecasts*, 1969). So a run on a power law is continued on it, and
+    one whose noise scale went its own way is not.
+
+    The points must be about independent of each other, as :func:`~.loss_points.loss_points` makes them.
 
     Args:
-        points: At least five, over losses that differ by 10 % or more.
+        points: At least five in the order of training, over losses that differ by 10 % or more.
         confidence: Level of the prediction intervals.
         measured_at: Level of the points' own intervals.
 
@@ -127,15 +137,15 @@ def fit_forecast(
         >>> points = [LossPoint(loss=x, noise_scale=64 / x**4, lower=60 / x**4, upper=68 / x**4)
         ...           for x in (2.0, 1.8, 1.5, 1.2, 1.0)]
         >>> forecast = fit_forecast(points)
-        >>> round(forecast.exponent, 6), round(forecast.at(0.5).noise_scale)
-        (4.0, 1024)
+        >>> round(forecast.exponent, 6), round(forecast.weight, 6), round(forecast.at(0.5).noise_scale)
+        (4.0, 1.0, 1024)
     """
     for point in points:
         if not (0 < point.loss < math.inf and 0 < point.lower <= point.noise_scale <= point.upper < math.inf):
             raise ValueError(f"Points need a positive loss and a finite positive interval, got {point}; leave it out.")
     if len(points) < MIN_POINTS:
         raise ValueError(
-            f"Too few points to forecast the noise scale: {len(points)} with a finite interval, and {MIN_POINTS} are "
+            f"Too few points to forecast the noise scale: {len(points)} where |G|² is above zero, and {MIN_POINTS} are "
             "needed; measure for longer."
         )
     if max(p.loss for p in points) < MIN_LOSS_RATIO * min(p.loss for p in points):
@@ -148,52 +158,31 @@ def fit_forecast(
     y = [math.log(point.noise_scale) for point in points]
     # an interval of no length would outweigh all others
     errors = [max(math.log(point.upper / point.lower) / (2.0 * quantile), 1e-6) for point in points]
-    weights = [1.0 / error**2 for error in errors]
-    total = sum(weights)
-    mean_x = sum(w * a for w, a in zip(weights, x, strict=True)) / total
-    mean_y = sum(w * b for w, b in zip(weights, y, strict=True)) / total
-    spread = sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
-    slope = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True)) / spread
-    residuals = [b - mean_y - slope * (a - mean_x) for a, b in zip(x, y, strict=True)]
-    excess = max(1.0, sum(w * r * r for w, r in zip(weights, residuals, strict=True)) / (len(points) - 2))
+    law = fit_power_law(x, y, errors)
+    of_law, of_last = _errors_so_far(x, y, errors)
     return NoiseScaleForecast(
-        scale=math.exp(mean_y - slope * mean_x),
-        exponent=-slope,
-        exponent_error=math.sqrt(excess / spread),
+        scale=math.exp(law.at(0.0)),
+        exponent=-law.slope,
+        exponent_error=law.slope_error,
+        weight=of_last / (of_law + of_last) if of_last else 1.0,
+        last=points[-1].noise_scale,
         num_points=len(points),
         confidence=confidence,
-        _mean_log_loss=mean_x,
-        _log_at_mean=mean_y,
-        _variance_at_mean=excess / total,
-        _variance_of_point=excess * median(errors) ** 2,
+        _law=law,
+        _error_of_last=max(math.sqrt(of_last), median(errors)),
     )
 
 
-def bin_points(points: Sequence[LossPoint], bins: int = _BINS) -> list[LossPoint]:
-    """Average a run's points, in the order of training, over so many stretches of equal length.
-
-    Logged estimates are moving averages, so that neighbours tell the same thing, and a logged loss is one batch's: few
-    averages instead of many points make both honest. The interval is that of a typical point of the stretch.
-
-    Args:
-        points: In the order of training.
-        bins: How many to make; fewer points are returned as they are.
-
-    Example:
-        >>> points = [LossPoint(loss=x, noise_scale=10.0, lower=8.0, upper=12.5) for x in (4.0, 2.0, 1.0, 1.0)]
-        >>> [round(point.loss, 3) for point in bin_points(points, 2)]
-        [2.828, 1.0]
-    """
-    if len(points) <= bins:
-        return list(points)
-
-    def mean(part: Sequence[LossPoint], name: str) -> float:
-        return math.exp(fmean(math.log(getattr(point, name)) for point in part))
-
-    cuts = [i * len(points) // bins for i in range(bins + 1)]
-    parts = [points[start:end] for start, end in pairwise(cuts)]
-    names = ("loss", "noise_scale", "lower", "upper")
-    return [LossPoint(**{name: mean(part, name) for name in names}) for part in parts]
+def _errors_so_far(x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """Return the mean square errors of what the law and the last point would have foretold, from all earlier points."""
+    of_law, of_last = [], []
+    for known in range(_FIRST_ORIGIN, len(x)):
+        # without a difference there is no slope
+        law = fit_power_law(x[:known], y[:known], errors[:known]) if max(x[:known]) > min(x[:known]) else None
+        for later in range(known, len(x)):
+            of_last.append((y[known - 1] - y[later]) ** 2)
+            of_law.append(of_last[-1] if law is None else (law.at(x[later]) - y[later]) ** 2)
+    return fmean(of_law), fmean(of_last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +208,7 @@ def score_forecast(points: Sequence[LossPoint], *, share: float = 0.5, confidenc
     """Fit on the first part of a run and score on the rest, at the losses that it really had.
 
     Args:
-        points: In the order of training, binned.
+        points: In the order of training.
         share: The part that is fitted, between 0 and 1.
         confidence: Level of the prediction intervals.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_wn.batch_size.learning_rate_rule import LearningRateRule
+from lightning_wn.batch_size.optimizer_family import OptimizerFamily
 from lightning_wn.batch_size.run_time import RunTime
 
 
@@ -15,7 +15,7 @@ class ObservedRun:
 
     Attributes:
         optimizer: The optimizer's class.
-        learning_rate_rule: Whether its learning rate scales like that of SGD or of Adam; None where that is not known.
+        optimizer_family: Whether it is like SGD or like Adam; None where it is like neither, or not known.
         learning_rate_rises: Whether the learning rate was higher after the last step than before: a warm-up.
         num_steps: Optimizer steps so far; None where they were not counted.
         planned_steps: Optimizer steps that the run takes in all; infinite where it has no end of its own.
@@ -26,7 +26,7 @@ class ObservedRun:
     """
 
     optimizer: str = ""
-    learning_rate_rule: LearningRateRule | None = None
+    optimizer_family: OptimizerFamily | None = None
     learning_rate_rises: bool = False
     num_steps: int | None = None
     planned_steps: float = math.inf

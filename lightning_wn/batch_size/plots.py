@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.batch_size.tradeoff import examples_cost, steps_cost
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
-from lightning_wn.noise_scale.plotting import BATCH_SIZE_COLOR, GRID_COLOR, draw_noise_scale, import_pyplot
+from lightning_wn.noise_scale.plotting import BATCH_SIZE_COLOR, GRID_COLOR, draw_noise_scale, import_pyplot, seen_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,8 @@ def draw_tradeoff(ax: Any, estimate: NoiseScaleEstimate, suggested_batch_size: f
     # the stretches of unbounded intervals run on beyond the edge
     beyond = 10 * reach
     ax.plot(*_curve(1 / beyond, beyond), color=_CURVE_COLOR, linewidth=1.5, zorder=2)
-    for size, name, color, marker, width in marks:
+    for size, name, own, marker, width in marks:
+        color = seen_on(ax, own)
         label = f"{name}: {format_count(size)} {unit}"
         start, end = (_place(size, noise_scale, beyond) for noise_scale in (estimate.upper, estimate.lower))
         ax.plot(*_curve(start, end), color=color, alpha=0.4, linewidth=width, solid_capstyle="butt", zorder=2.5)

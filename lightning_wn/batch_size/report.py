@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Literal
 from lightning_wn.batch_size.advice import BatchSizeAdvice, advise_batch_size
 from lightning_wn.batch_size.candidates import RunConfiguration
 from lightning_wn.batch_size.downsample import downsample
-from lightning_wn.batch_size.forecast import bin_points, fit_forecast, score_forecast
+from lightning_wn.batch_size.forecast import fit_forecast, score_forecast
 from lightning_wn.batch_size.history import history_of, read_scalars
 from lightning_wn.batch_size.loss_points import loss_points
 from lightning_wn.batch_size.observed_run import ObservedRun
 from lightning_wn.batch_size.run_plots import plot_run
+from lightning_wn.batch_size.tradeoff import Factor
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
 from lightning_wn.noise_scale.plotting import import_pyplot
 
@@ -88,7 +90,7 @@ def write_report(
     )
     drawn = downsample(own, _MAX_POINTS)
     forecast = _forecast(scalars, own, prefix=prefix, unit=unit, loss=loss)
-    name = Path(folder).resolve().name
+    name = _name_of(Path(folder))
     steps = own["step"]
     page = "\n".join(
         [
@@ -101,12 +103,12 @@ def write_report(
             f"<p>At the last logged step the noise scale was {format_count(estimate.noise_scale)} {html.escape(unit)} "
             f"({confidence * 100:g} % interval {format_count(estimate.lower)} to {format_count(estimate.upper)}), and "
             f"the batch size {format_count(estimate.batch_size)}.</p>",
-            *(f"<p>{html.escape(line)}</p>" for line in advice.sentences()),
+            *(_paragraph(line) for line in advice.sentences()),
             _candidate_table(advice),
             "<h2>The run</h2>",
             _picture(drawn, advice, prefix),
             "<h2>Forecast</h2>",
-            *(f"<p>{html.escape(line)}</p>" for line in forecast),
+            *(_paragraph(line) for line in forecast),
             "</body></html>",
         ]
     )
@@ -142,6 +144,23 @@ def _last_estimate(
     )
 
 
+def _name_of(folder: Path) -> str:
+    """Return the folder's name, and its parent's where the logger only counted."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-2:]) if parts[-1].startswith("version_") else parts[-1]
+
+
+def _paragraph(line: str) -> str:
+    """Return a sentence in HTML, what stands in backticks as code."""
+    return "<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line)) + "</p>"
+
+
+def _span(factor: Factor) -> str:
+    """Say a factor with its interval, where it has one."""
+    text = f"x{factor.value:.2g}"
+    return text if factor.lower == factor.upper else f"{text} ({factor.lower:.2g} to {factor.upper:.2g})"
+
+
 def _candidate_table(advice: BatchSizeAdvice) -> str:
     if not advice.candidates:
         return ""
@@ -153,13 +172,12 @@ def _candidate_table(advice: BatchSizeAdvice) -> str:
         names = {advice.estimate.batch_size: "now", advice.suggested_batch_size: "suggested"}
         if advice.estimate.batch_size == advice.suggested_batch_size:
             names[advice.suggested_batch_size] = "now and suggested"
-        spans = [f"x{factor.value:.2g} ({factor.lower:.2g} to {factor.upper:.2g})"
-                 for factor in (candidate.steps, candidate.examples)]  # fmt: skip
         rows.append(
             [
                 format_count(candidate.batch_size),
                 *([str(candidate.accumulate_grad_batches)] if accumulates else []),
-                *spans,
+                _span(candidate.steps),
+                _span(candidate.examples),
                 f"{candidate.efficiency.value:.0%}",
                 names.get(candidate.batch_size, ""),
             ]
@@ -206,7 +224,7 @@ def _forecast(
     key = loss or next((name for name in _LOSS_KEYS if name in scalars), None)
     if key is None:
         return ["No forecast: no training loss was found among the logged keys; name it with --loss."]
-    points = bin_points(loss_points(history, *scalars[key], prefix=prefix))
+    points = loss_points(history, *scalars[key], prefix=prefix)
     try:
         forecast = fit_forecast(points)
     except ValueError as error:

@@ -16,6 +16,7 @@ from lightning_wn.noise_scale.plotting import (
     NOISE_SCALE_COLOR,
     draw_noise_scale,
     import_pyplot,
+    seen_on,
 )
 
 if TYPE_CHECKING:
@@ -49,20 +50,21 @@ def plot_run(
     the goodput where the run's times are known.
 
     Args:
-        history: Logged values: ``"step"`` and ``"<prefix>/noise_scale"``, ``".../noise_scale_lower"``,
-            ``".../noise_scale_upper"``, ``".../batch_size"``, ``".../grad_sq_norm"``, ``".../cov_trace"``,
-            equally long.
+        history: As for :func:`~lightning_wn.batch_size.plots.plot_noise_scale`, and ``"<prefix>/grad_sq_norm"`` and
+            ``"<prefix>/cov_trace"`` with it.
         advice: What ``GradientNoiseScaleCallback.advise()`` returns.
         prefix: Start of the logged keys.
-        theme: For a light or a dark page.
+        theme: ``"dark"`` is for a dark page; ``"light"`` takes matplotlib's own settings.
 
     Returns:
-        A matplotlib figure; ``figure.savefig("noise_scale.png")`` writes it.
+        A matplotlib figure.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
-        ValueError: If ``history`` lacks a key or its series differ in length.
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If ``theme`` is another, or as in ``plot_noise_scale``.
     """
+    if theme not in ("light", "dark"):
+        raise ValueError(f"`theme` must be 'light' or 'dark', got {theme!r}.")
     series = noise_scale_series(history, prefix)
     plt = import_pyplot()
     estimate, unit = advice.estimate, advice.estimate.unit
@@ -96,7 +98,7 @@ def draw_moments(ax: Any, history: Mapping[str, Sequence[float]], *, prefix: str
         raise ValueError(f"`history` lacks {missing}; `read_csv_history(logger.log_dir)` returns all that is needed.")
     steps = history["step"]
     names = ("|G|²", "tr(Σ)")
-    colors = (NOISE_SCALE_COLOR, _TRACE_COLOR)
+    colors = (seen_on(ax, NOISE_SCALE_COLOR), seen_on(ax, _TRACE_COLOR))
     styles = ("-", "--")
     sides = (ax, ax.twinx())
     lines = []
@@ -134,6 +136,7 @@ def draw_efficiency(ax: Any, advice: BatchSizeAdvice) -> None:
     if not advice.candidates:
         ax.text(0.5, 0.5, "the noise scale is not known yet", ha="center", va="center", transform=ax.transAxes)
         return
+    color = seen_on(ax, NOISE_SCALE_COLOR)
     sizes = [candidate.batch_size for candidate in advice.candidates]
     start, end = 0.8 * sizes[0], 1.25 * sizes[-1]
     fine = [start * (end / start) ** (i / 200) for i in range(201)]
@@ -141,18 +144,18 @@ def draw_efficiency(ax: Any, advice: BatchSizeAdvice) -> None:
         fine,
         [efficiency(size, estimate.lower) for size in fine],
         [efficiency(size, estimate.upper) for size in fine],
-        color=NOISE_SCALE_COLOR, alpha=0.2, linewidth=0, label="its interval",
+        color=color, alpha=0.2, linewidth=0, label="its interval",
     )  # fmt: skip
-    ax.plot(fine, [efficiency(size, estimate.noise_scale) for size in fine], color=NOISE_SCALE_COLOR, linewidth=2,
+    ax.plot(fine, [efficiency(size, estimate.noise_scale) for size in fine], color=color, linewidth=2,
             label="efficiency")  # fmt: skip
-    ax.plot(sizes, [c.efficiency.value for c in advice.candidates], "o", color=NOISE_SCALE_COLOR, markersize=5)
+    ax.plot(sizes, [c.efficiency.value for c in advice.candidates], "o", color=color, markersize=5)
     goodputs = [candidate.goodput for candidate in advice.candidates if candidate.goodput is not None]
     if goodputs and max(goodputs) > 0:
         shares = [goodput / max(goodputs) for goodput in goodputs]
-        ax.plot(sizes, shares, ":", color=_TRACE_COLOR, linewidth=2, marker=".",
+        ax.plot(sizes, shares, ":", color=seen_on(ax, _TRACE_COLOR), linewidth=2, marker=".",
                 label="goodput by accumulation, over the best")  # fmt: skip
-    for size, name, color in _marks(estimate, advice.suggested_batch_size):
-        ax.axvline(size, color=color, linewidth=1.5, linestyle="--", label=f"{name}: {format_count(size)}")
+    for size, name, own in _marks(estimate, advice.suggested_batch_size):
+        ax.axvline(size, color=seen_on(ax, own), linewidth=1.5, linestyle="--", label=f"{name}: {format_count(size)}")
     ax.set_xscale("log")
     ax.set_xlim(start, end)
     ax.set_xticks(_spread(sizes), [format_count(size) for size in _spread(sizes)])

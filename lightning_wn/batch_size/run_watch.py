@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_wn.batch_size.learning_rate_rule import LearningRateRule, learning_rate_rule
 from lightning_wn.batch_size.observed_run import ObservedRun
+from lightning_wn.batch_size.optimizer_family import OptimizerFamily, optimizer_family
 from lightning_wn.batch_size.run_time import RunTimer
 
 
@@ -22,7 +22,7 @@ class RunWatch:
 
     def __init__(self) -> None:
         self._timer = RunTimer()
-        self._optimizers: list[tuple[str, LearningRateRule | None]] = []
+        self._optimizers: list[tuple[str, OptimizerFamily | None]] = []
         self._num_steps: int | None = None
         self._planned_steps = math.inf
         self._micro_batches_per_epoch = math.inf
@@ -89,10 +89,10 @@ class RunWatch:
 
     def observed(self, optimizer: int, *, every_n_steps: int, ema_decay: float) -> ObservedRun:
         """Return what was seen, with how one of the optimizers is measured."""
-        name, rule = self._optimizers[optimizer] if optimizer < len(self._optimizers) else ("", None)
+        name, family = self._optimizers[optimizer] if optimizer < len(self._optimizers) else ("", None)
         return ObservedRun(
             optimizer=name,
-            learning_rate_rule=rule,
+            optimizer_family=family,
             learning_rate_rises=self._rises,
             num_steps=self._num_steps,
             planned_steps=self._planned_steps,
@@ -103,4 +103,4 @@ class RunWatch:
         )
 
     def _name_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = [(type(optimizer).__name__, learning_rate_rule(optimizer)) for optimizer in optimizers]
+        self._optimizers = [(type(optimizer).__name__, optimizer_family(optimizer)) for optimizer in optimizers]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,18 +19,24 @@ from lightning_wn.batch_size.logged_history import LoggedHistory
 from lightning_wn.batch_size.logger_figures import add_margin_chart, log_figure_to
 from lightning_wn.batch_size.run_watch import RunWatch
 from lightning_wn.lightning_imports import require_lightning_trainer
-from lightning_wn.module_selectors import ModuleSelector, as_selectors
+from lightning_wn.module_selectors import ModuleSelector
+from lightning_wn.noise_scale.argument_checks import DEFAULT_EMA_DECAY, check_cadence, check_choice
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.noise_scale.carried_results import (
+    ResultsByMail,
+    measurement_state,
+    metric_state,
+    restore_measurement,
+    restore_metric,
+)
 from lightning_wn.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.mailbox import Mailbox
 from lightning_wn.noise_scale.metric import (
     GradientNoiseScale,
     check_confidence,
-    check_ema_decay,
     synchronize_together,
 )
-from lightning_wn.noise_scale.optimizer_measurement import PRECONDITIONED, OptimizerMeasurement, ParameterChoice
+from lightning_wn.noise_scale.optimizer_measurement import OptimizerMeasurement, ParameterChoice
 from lightning_wn.noise_scale.plotting import import_pyplot
 from lightning_wn.noise_scale.probes.micro_batch import MicroBatchProbe
 from lightning_wn.noise_scale.run_facts import (
@@ -43,14 +48,10 @@ from lightning_wn.noise_scale.run_facts import (
 )
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.noise_scale.selection import PROBES, choose_probe
-from lightning_wn.noise_scale.summary import WARNINGS, summary_table
+from lightning_wn.noise_scale.summary import WARNINGS, fit_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_DEFAULT_EMA_DECAY = 0.99
-
-_MAX_OPTIMIZERS_BY_MAIL = 16
 
 
 class GradientNoiseScaleCallback(Callback):
@@ -130,7 +131,7 @@ class GradientNoiseScaleCallback(Callback):
         probe: Literal["auto", "micro_batch", "sharded", "per_example", "consecutive"] = "auto",
         *,
         every_n_steps: int | None = None,
-        ema_decay: float = _DEFAULT_EMA_DECAY,
+        ema_decay: float = DEFAULT_EMA_DECAY,
         half_life_steps: float | None = None,
         confidence: float = 0.95,
         batch_size_fn: BatchSizeFn | None = None,
@@ -143,8 +144,8 @@ class GradientNoiseScaleCallback(Callback):
         log_figure: bool = False,
     ) -> None:
         super().__init__()
-        _check_arguments(probe, every_n_steps, ema_decay, half_life_steps)
-        _check_choice(layers, groups, curvature_every_n_steps)
+        check_cadence(probe, every_n_steps, ema_decay, half_life_steps)
+        check_choice(layers, groups, curvature_every_n_steps)
         check_confidence(confidence)
         self.probe = probe
         self.every_n_steps = every_n_steps
@@ -160,10 +161,7 @@ class GradientNoiseScaleCallback(Callback):
         self.curvature_every_n_steps = curvature_every_n_steps
         self.log_figure = log_figure
         self._choice = ParameterChoice(layers=layers, groups=dict(groups or {}), preconditioned=preconditioned)
-        empty = GradientNoiseScale(groups=self._choice.names)
-        size = empty.moments.numel() + empty.counts.numel()
-        coverages = _MAX_OPTIMIZERS_BY_MAIL * len(self._choice.covered)
-        self._mailbox = Mailbox(3 + (_MAX_OPTIMIZERS_BY_MAIL + 1) * size + coverages)
+        self._mail = ResultsByMail(self._choice)
         self._trainer: Trainer | None = None
         self._restored_every_n_steps: int | None
         self._restored_probe: str | None
@@ -242,12 +240,15 @@ class GradientNoiseScaleCallback(Callback):
             price_per_device_hour=price_per_device_hour,
         )
 
-    def plot(self, optimizer: int | None = None, *, target: float = 1.0) -> Figure:
+    def plot(
+        self, optimizer: int | None = None, *, target: float = 1.0, theme: Literal["light", "dark"] = "light"
+    ) -> Figure:
         """Draw what was measured and what it advises, in four panels; see :func:`~.run_plots.plot_run`.
 
         Args:
             optimizer: Position among the LightningModule's optimizers; None is the only one.
             target: As in :meth:`advise`.
+            theme: ``"dark"`` is for a dark page; ``"light"`` takes matplotlib's own settings.
 
         Returns:
             A matplotlib figure; ``figure.savefig("noise_scale.png")`` writes it.
@@ -260,11 +261,11 @@ class GradientNoiseScaleCallback(Callback):
 
         advice = self.advise(optimizer, target=target)
         start = self._prefix_of(self._index_of(optimizer))
-        return plot_run(self._history.of(start, advice.estimate), advice, prefix=start)
+        return plot_run(self._history.of(start, advice.estimate), advice, prefix=start, theme=theme)
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
-        self._mailbox.collect()
+        self._mail.collect()
         for metric in self._metrics:
             metric.reset()
         self._last_logged_step = -1
@@ -405,21 +406,17 @@ class GradientNoiseScaleCallback(Callback):
         if self.log_figure and trainer.is_global_zero:
             self._log_figures(trainer)
         if trainer.local_rank == 0:
-            self._post_mail()
+            self._mail.post(self._measurements, self._metrics)
         for index, measurement in enumerate(self._measurements):
-            name = self._start_of_key(index).rstrip("/")
-            others = {group: self.estimate(index, group) for group in self._groups}
-            rank_zero_info(
-                "\n"
-                + summary_table(
-                    measurement.estimate(),
-                    self.advise(index),
-                    measurement.metric.rejected,
-                    measurement.every_n_steps,
-                    optimizer=name,
-                    others=others,
-                )
+            summary = fit_summary(
+                measurement.estimate(),
+                self.advise(index),
+                measurement.metric.rejected,
+                measurement.every_n_steps,
+                optimizer=index if len(self._measurements) > 1 else None,
+                others={group: self.estimate(index, group) for group in self._groups},
             )
+            rank_zero_info(f"\n{summary}")
         if not self._has_measured():
             rank_zero_warn(
                 "`GradientNoiseScaleCallback` measured nothing: no optimizer step that it looked at had two usable "
@@ -455,13 +452,9 @@ class GradientNoiseScaleCallback(Callback):
         return {
             "every_n_steps": self._measurements[0].every_n_steps,
             "probe": self._probe_name,
-            "optimizers": [
-                _metric_state(m.metric, ("total", *m.choice.names))
-                | {"steps": m.steps, "coverage": dict(zip(m.choice.covered, m.coverage, strict=True))}
-                for m in self._measurements
-            ],
+            "optimizers": [measurement_state(measurement) for measurement in self._measurements],
             "history": self._history.state_dict(),
-            "curvature": None if self._curvature is None else _metric_state(self._curvature.metric, (CURVATURE,)),
+            "curvature": None if self._curvature is None else metric_state(self._curvature.metric, (CURVATURE,)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -481,12 +474,9 @@ class GradientNoiseScaleCallback(Callback):
         for _ in saved[len(self._measurements) :]:
             self._measurements.append(self._new_measurement())
         for measurement, state in zip(self._measurements, saved, strict=False):
-            _restore_metric(measurement.metric, ("total", *measurement.choice.names), state)
-            measurement.steps = state["steps"]
-            if not self._fitting:
-                measurement.coverage = tuple(state["coverage"].get(name, 1.0) for name in measurement.choice.covered)
+            restore_measurement(measurement, state, with_coverage=not self._fitting)
         if self._curvature is not None and state_dict["curvature"] is not None:
-            _restore_metric(self._curvature.metric, (CURVATURE,), state_dict["curvature"])
+            restore_metric(self._curvature.metric, (CURVATURE,), state_dict["curvature"])
         self._restored_every_n_steps = state_dict["every_n_steps"]
 
     # ------------------------------------------------------------------ inside
@@ -502,7 +492,7 @@ class GradientNoiseScaleCallback(Callback):
         return [measurement.metric for measurement in self._measurements] + own
 
     def _start_afresh(self) -> None:
-        self._mailbox.collect()
+        self._mail.collect()
         self._watch = RunWatch()
         self._history = LoggedHistory()
         self._curvature = None
@@ -661,88 +651,11 @@ class GradientNoiseScaleCallback(Callback):
                 log_figure_to(trainer.loggers, name, self.plot(index), step=self._step_to_log)
         add_margin_chart(trainer.loggers, [self._prefix_of(index) for index in range(len(self._measurements))])
 
-    def _post_mail(self) -> None:
-        if len(self._measurements) > _MAX_OPTIMIZERS_BY_MAIL:
-            raise ValueError(
-                f"`GradientNoiseScaleCallback` brings home the results of {_MAX_OPTIMIZERS_BY_MAIL} optimizers at most "
-                f"from spawned processes, and there are {len(self._measurements)}; use `strategy='ddp'`."
-            )
-        first = self._measurements[0]
-        message = [float(len(self._measurements)), first.every_n_steps, list(PROBES).index(first.probe.name)]
-        for metric in self._metrics:
-            message += [*metric.moments.flatten().tolist(), *metric.counts.tolist()]
-        for measurement in self._measurements:
-            message += measurement.coverage
-        self._mailbox.post(message)
-
     def _collect_mail(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
-        mail = self._mailbox.collect()
-        if mail is None:
+        letter = self._mail.collect()
+        if letter is None:
             return
-        count, every_n_steps, probe = map(int, mail[:3])
-        self._probe_name = list(PROBES)[probe]
-        self._measurements = [self._new_measurement() for _ in range(count)]
-        numbers = iter(mail[3:])
-        for metric in self._metrics:
-            metric.reset()
-            metric.moments = _filled(metric.moments, numbers)
-            metric.counts = _filled(metric.counts, numbers)
-        for measurement in self._measurements:
-            measurement.every_n_steps = every_n_steps
-            measurement.coverage = tuple(islice(numbers, len(measurement.choice.covered)))
-
-
-def _filled(like: Tensor, numbers: Iterator[float]) -> Tensor:
-    return torch.tensor(list(islice(numbers, like.numel())), dtype=torch.float64).reshape(like.shape)
-
-
-def _metric_state(metric: GradientNoiseScale, names: Sequence[str]) -> dict[str, Any]:
-    moments = {name: row.clone() for name, row in zip(names, metric.moments, strict=True)}
-    return {"moments": moments, "counts": metric.counts.clone()}
-
-
-def _restore_metric(metric: GradientNoiseScale, names: Sequence[str], state: dict[str, Any]) -> None:
-    metric.reset()
-    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in names]
-    metric.moments = torch.stack([row.cpu().to(torch.float64) for row in rows])
-    metric.counts = state["counts"].clone().cpu()
-
-
-def _check_arguments(probe: str, every_n_steps: int | None, ema_decay: float, half_life_steps: float | None) -> None:
-    if probe != "auto" and probe not in PROBES:
-        raise ValueError(f"`probe` must be one of {['auto', *PROBES]}, got {probe!r}; 'auto' chooses.")
-    if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-        raise ValueError(
-            f"`every_n_steps` must be a positive whole number of optimizer steps or None, got {every_n_steps!r}; "
-            "None measures one step in 10."
-        )
-    check_ema_decay(ema_decay)
-    if half_life_steps is not None:
-        if not half_life_steps > 0:
-            raise ValueError(
-                f"`half_life_steps` must be a positive number of optimizer steps, got {half_life_steps!r}."
-            )
-        if ema_decay != _DEFAULT_EMA_DECAY:
-            raise ValueError(
-                f"`ema_decay={ema_decay!r}` and `half_life_steps={half_life_steps!r}` say the same thing twice; "
-                "give one of them."
-            )
-
-
-def _check_choice(layers: Any, groups: Any, curvature_every_n_steps: int | None) -> None:
-    if layers is not None:
-        as_selectors("layers", layers)
-    for name, selection in (groups or {}).items():
-        if not isinstance(name, str) or not name or "/" in name or name in ("total", PRECONDITIONED, CURVATURE):
-            raise ValueError(
-                f"`groups` must have names that can stand in a logged key, got {name!r}; choose another than 'total', "
-                f"'{PRECONDITIONED}' and '{CURVATURE}', without a slash."
-            )
-        as_selectors(f"groups[{name!r}]", selection)
-    every = curvature_every_n_steps
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(
-            f"`curvature_every_n_steps` must be a positive whole number of optimizer steps or None, got {every!r}; "
-            "1000 adds about 1 % to training time."
-        )
+        self._probe_name = letter.probe
+        self._measurements = [self._new_measurement() for _ in range(letter.num_optimizers)]
+        letter.fill(self._measurements, self._metrics)

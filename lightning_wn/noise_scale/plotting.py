@@ -9,6 +9,8 @@ from typing import Any
 NOISE_SCALE_COLOR = "#0072B2"
 BATCH_SIZE_COLOR = "#D55E00"
 """Blue and vermillion of Okabe & Ito's palette: told apart by colour-blind readers too."""
+_LIGHTER = 0.4
+"""How much white goes into a colour on a dark ground."""
 GRID_COLOR = (0.5, 0.5, 0.5, 0.22)
 """A thin grey that is quiet on white and on black."""
 
@@ -38,6 +40,31 @@ def figure_and_axis(ax: Any = None) -> tuple[Any, Any]:
     return plt.subplots(layout="constrained") if ax is None else (ax.figure, ax)
 
 
+def seen_on(ax: Any, color: str) -> Any:
+    """Return a colour that shows on an axis: itself on a light ground, mixed with white on a dark one.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+
+    Example:
+        >>> figure, ax = import_pyplot().subplots()
+        >>> seen_on(ax, "#000000")
+        '#000000'
+        >>> ax.set_facecolor("black")
+        >>> [round(part, 2) for part in seen_on(ax, "#000000")]
+        [0.4, 0.4, 0.4]
+        >>> import_pyplot().close(figure)
+    """
+    from matplotlib.colors import to_rgb, to_rgba  # noqa: PLC0415 - optional, see above
+
+    *ground, alpha = to_rgba(ax.get_facecolor())
+    if alpha == 0.0:
+        ground = list(to_rgb(ax.figure.get_facecolor()))
+    if sum(ground) > 1.5:
+        return color
+    return tuple(part + _LIGHTER * (1.0 - part) for part in to_rgb(color))
+
+
 def draw_noise_scale(  # noqa: PLR0917 - one series after the other, as they stand in the logs
     ax: Any,
     steps: Sequence[float],
@@ -63,14 +90,15 @@ def draw_noise_scale(  # noqa: PLR0917 - one series after the other, as they sta
     band = [min(max(x, bottom), top) for x in lower], [min(max(x, bottom), top) for x in upper]
     # a single result is a dot with an error bar: a line or a band of no width would not show
     alone = len(steps) == 1
+    color, size_color = seen_on(ax, NOISE_SCALE_COLOR), seen_on(ax, BATCH_SIZE_COLOR)
     mark = {"marker": "o"} if alone else {}
     if alone:
-        ax.vlines(steps, *band, alpha=0.4, linewidth=6, color=NOISE_SCALE_COLOR, label="its interval")
+        ax.vlines(steps, *band, alpha=0.4, linewidth=6, color=color, label="its interval")
     else:
-        ax.fill_between(steps, *band, alpha=0.2, linewidth=0, color=NOISE_SCALE_COLOR, label="its interval")
+        ax.fill_between(steps, *band, alpha=0.2, linewidth=0, color=color, label="its interval")
     gaps = [x if math.isfinite(x) else math.nan for x in noise_scale]
-    ax.plot(steps, gaps, color=NOISE_SCALE_COLOR, linewidth=2, label="noise scale", **mark)
-    ax.plot(steps, batch_size, color=BATCH_SIZE_COLOR, linestyle="--", linewidth=2, label="batch size in use", **mark)
+    ax.plot(steps, gaps, color=color, linewidth=2, label="noise scale", **mark)
+    ax.plot(steps, batch_size, color=size_color, linestyle="--", linewidth=2, label="batch size in use", **mark)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
     ax.yaxis.set_major_locator(_plain_log_locator(ax.yaxis, bottom, top))

@@ -1,4 +1,4 @@
-"""The table at the end of a fit, and the sentences about steps that were left out."""
+"""The few lines at the end of a fit, and the sentences about steps that were left out."""
 
 from __future__ import annotations
 
@@ -38,49 +38,47 @@ WARNINGS = {
 """What to say once, the first time that a step is left out for a reason that the user can act on."""
 
 
-def summary_table(
+def fit_summary(
     estimate: NoiseScaleEstimate,
     advice: BatchSizeAdvice,
-    rejected: dict[Rejection, int],
+    rejected: Mapping[Rejection, int],
     every_n_steps: int,
     *,
-    optimizer: str = "",
+    optimizer: int | None = None,
     others: Mapping[str, NoiseScaleEstimate] | None = None,
 ) -> str:
-    """Return the result of a fit as a small table, followed by the advice in words.
+    """Return the result of a fit in a few lines: what was measured, what to try, and where the rest is.
 
     Args:
         estimate: That of all measured parameters.
         advice: The advice on it.
         rejected: Optimizer steps that were left out, by reason.
         every_n_steps: The cadence.
-        optimizer: Its name, where there are several.
+        optimizer: Its position, where there are several.
         others: Estimates of groups, by name.
     """
-    of = f" of {optimizer}" if optimizer else ""
-    title = f"Gradient noise scale{of} (probe {estimate.probe}, every {every_n_steps} optimizer steps)"
-    left_out = [f"{count} that {_REASONS[reason]}" for reason, count in rejected.items() if count]
-    unit = estimate.unit
-    rows = [("measured optimizer steps", f"{estimate.num_measurements}")]
-    if left_out:
-        rows.append(("left out", ", ".join(left_out)))
+    of = "" if optimizer is None else f"Optimizer {optimizer}: "
+    cadence = "every optimizer step" if every_n_steps == 1 else f"one optimizer step in {every_n_steps}"
+    lines = [f"{of}gradient {estimate}, by the probe {estimate.probe!r} on {cadence}."]
+    if others:
+        found = (f"{name} {_short(other)}" for name, other in others.items())
+        lines.append(f"Of its parts: {'; '.join(found)}.")
+    if left_out := [f"{count} that {_REASONS[reason]}" for reason, count in rejected.items() if count]:
+        lines.append(f"Optimizer steps that were left out: {', '.join(left_out)}.")
     if estimate.num_measurements:
-        level = f"{estimate.confidence * 100:g} % interval"
-        rows += [
-            ("noise scale", f"{format_count(estimate.noise_scale)} {unit}{' (approximate)' * estimate.approximate}"),
-            (level, f"{format_count(estimate.lower)} to {format_count(estimate.upper)} {unit}"),
-            ("|G|²", f"{estimate.grad_sq_norm:.4g}"),
-            ("tr(Σ)", f"{estimate.cov_trace:.4g}"),
-            ("batch size", f"{format_count(estimate.batch_size)} {unit}"),
-            ("suggested batch size", f"{format_count(advice.suggested_batch_size)} {unit}"),
+        number = "" if optimizer is None else f"{optimizer}"
+        doubts = f" and {_reasons_for_doubt(len(advice.doubts))}" if advice.doubts else ""
+        lines += [
+            advice.suggestion,
+            f"`print(callback.advise({number}))` says more: other batch sizes, in hours too, how sure it is{doubts}.",
         ]
-        if estimate.coverage < 1.0:
-            rows.append(("measured parameters", f"{estimate.coverage:.1%}"))
-        for name, other in (others or {}).items():
-            span = f"{format_count(other.lower)} to {format_count(other.upper)}"
-            rows.append((name, f"{format_count(other.noise_scale)} {unit} ({span})"))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}} | {value}" for name, value in rows]
-    rule = "-" * max(map(len, [title, *lines]))
-    words = str(advice).split("\n", 1)[1:]
-    return "\n".join([title, rule, *lines, rule, *words])
+    return "\n".join(line[0].upper() + line[1:] for line in lines)
+
+
+def _short(estimate: NoiseScaleEstimate) -> str:
+    span = f"{format_count(estimate.lower)} to {format_count(estimate.upper)}"
+    return f"{format_count(estimate.noise_scale)} ({span})"
+
+
+def _reasons_for_doubt(count: int) -> str:
+    return f"{count} reason{'s' * (count > 1)} for doubt"

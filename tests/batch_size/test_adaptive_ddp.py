@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from adaptive_runs import changes_in
-from processes import run_script
+from adaptive_runs import changes_in, windows_of
+from processes import results_of_ranks
 
 SCRIPT = Path(__file__).parent / "adaptive_ddp_scenarios.py"
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adaptive_ddp")
-    run_script(SCRIPT, str(folder), "ddp", cwd=folder)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return results_of_ranks(SCRIPT, tmp_path_factory.mktemp("adaptive_ddp"), "ddp")
 
 
 def test_ranks_decide_alike_and_train_as_by_hand(ranks):
@@ -35,8 +32,19 @@ def test_examples_are_counted_over_all_ranks(ranks):
         assert rank["examples"]["counted"] == 480
 
 
-def test_the_result_comes_home_from_forked_processes(tmp_path):
-    run_script(SCRIPT, str(tmp_path), "ddp_fork", cwd=tmp_path)
-    home = json.loads((tmp_path / "rank0.json").read_text())["home"]
-    # 11 batches over two ranks are 6: windows of 1, 1, 1, 1 and 2 of 4
-    assert home == {"factor": 4, "rate": 2.0}
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_worker_processes_train_as_by_hand_and_the_result_comes_home(strategy, tmp_path):
+    """`ddp_notebook` is `ddp_fork` in a notebook. The third and fourth epoch go on from a checkpoint."""
+    (parent,) = results_of_ranks(SCRIPT, tmp_path, strategy, ranks=1)
+    run = parent["workers"]
+    assert changes_in(run["epochs"]) >= (2 if strategy == "ddp_fork" else 1)
+    assert any(windows_of(epoch)[-1] < epoch[-1] for epoch in run["epochs"])
+    # float64 and another order of summing
+    assert run["error"] < 1e-10
+    ends = [2] if strategy == "ddp_spawn" else [2, 4]
+    for said, end in zip(run["said"], ends, strict=True):
+        assert said["factor"] == said["rate"] == run["epochs"][end - 1][-1]
+        assert said["trainers"] == 1
+        assert said["measured"] == sum(len(windows_of(epoch)) for epoch in run["epochs"][:end])
+    # what the parent would write is what the worker wrote
+    assert run["said"][0]["state"] == run["saved"]

@@ -156,7 +156,7 @@ class TestLearningRate:
         ("rule", "name", "says", "hides"), [("sgd", "SGD", "x2.5 (", "x1.6"), ("adam", "AdamW", "x1.6 (", "x2.5 for")]
     )
     def test_of_the_runs_own_optimizer(self, rule, name, says, hides):
-        run = ObservedRun(optimizer=name, learning_rate_rule=rule)
+        run = ObservedRun(optimizer=name, optimizer_family=rule)
         advice = advise_batch_size(make_estimate(130.0), RunConfiguration(accumulate_grad_batches=4), run)
         assert advice.learning_rate.value == getattr(advice, f"{rule}_learning_rate_factor")
         assert f"{name}'s learning rate {says}" in str(advice)

@@ -1,9 +1,10 @@
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from lightning_wn.batch_size.forecast import LossPoint, bin_points, fit_forecast, score_forecast
+from lightning_wn.batch_size.forecast import LossPoint, fit_forecast, score_forecast
 from lightning_wn.batch_size.loss_points import loss_points
 
 
@@ -53,7 +54,7 @@ def test_weights_follow_the_intervals():
 
 
 def test_too_few_points_are_said():
-    with pytest.raises(ValueError, match="Too few points to forecast the noise scale: 4 with a finite interval"):
+    with pytest.raises(ValueError, match="Too few points to forecast the noise scale: 4 where "):
         fit_forecast(make_points(4))
     with pytest.raises(ValueError, match=r"The loss hardly changed, from 2 to 1.9"):
         fit_forecast(make_points(losses=(2.0, 1.9)))
@@ -87,24 +88,62 @@ def test_the_share_that_is_fitted_is_checked():
         score_forecast(make_points(8))
 
 
-def test_binning_averages_logarithms_over_the_run():
-    points = make_points(1200, noise=0.3, claimed=0.3)
-    bins = bin_points(points)
-    assert len(bins) == 12
-    assert bins[0].loss > bins[-1].loss
-    exact = 50 / bins[0].loss ** 3
-    assert bins[0].noise_scale == pytest.approx(exact, rel=3 * 0.3 / 10)  # 100 points of error 0.3
-    assert bin_points(points[:12]) == points[:12]
+def test_a_run_that_went_its_own_way_is_not_continued_on_the_law():
+    """It grew with the first half of the fall and has stayed since; the other has kept to the law."""
+    points = make_points(12, noise=0.02)
+    flat = [replace(points[5], loss=point.loss) for point in points[6:]]
+    forecast, on_law = fit_forecast([*points[:6], *flat]), fit_forecast(points)
+    assert forecast.weight < 0.2
+    assert on_law.weight > 0.9
+    ahead = forecast.at(0.5)
+    assert ahead.noise_scale < 1.35 * forecast.last
+    assert ahead.lower < forecast.last < ahead.upper
+
+
+def test_a_constant_noise_scale_stays_what_it_is():
+    points = [LossPoint(loss=1 / i, noise_scale=80.0, lower=70.0, upper=90.0) for i in range(1, 8)]
+    forecast = fit_forecast(points)
+    assert forecast.at(0.01).noise_scale == pytest.approx(80.0)
+    assert forecast.exponent == pytest.approx(0.0)
+
+
+def make_history(grad_sq_norm, cov_trace, lower):
+    names = ("grad_sq_norm", "cov_trace", "noise_scale_lower")
+    columns = zip(names, (grad_sq_norm, cov_trace, lower), strict=True)
+    steps = range(9, 10 * len(lower), 10)
+    return {"step": list(steps)} | {f"gns/{name}": list(column) for name, column in columns}
+
+
+def test_stretches_divide_means_and_leave_no_estimate_out():
+    """Estimates of noisy |G|², of which many are negative: those with a closed interval alone would read too low."""
+    rng = random.Random(0)
+    count, truth = 1200, 100.0
+    grad_sq_norm = [rng.gauss(1.0, 1.0) for _ in range(count)]
+    cov_trace = [rng.gauss(truth, 1.0) for _ in range(count)]
+    lower = [max(t / (x + 2.0), 0.0) if x + 2.0 > 0 else math.inf for x, t in zip(grad_sq_norm, cov_trace, strict=True)]
+    history = make_history(grad_sq_norm, cov_trace, lower)
+    losses = [2.0 - i / count for i in range(count)]
+    points = loss_points(history, history["step"], losses)
+    assert len(points) == 12
+    assert points[0].loss > points[-1].loss
+    for point in points:
+        # 100 values of a relative error of 1 each, three standard errors
+        assert point.noise_scale == pytest.approx(truth, rel=0.35)
+    assert sum(p.noise_scale for p in points) / 12 == pytest.approx(truth, rel=3 * 0.1 / 12**0.5 + 0.01)
+
+
+def test_a_stretch_that_is_lost_in_noise_is_no_point():
+    history = make_history([0.1, 0.1, -0.3, 0.1], [5.0] * 4, [40.0, 40.0, 0.0, 40.0])
+    points = loss_points(history, history["step"], [4.0, 3.0, 2.0, 1.0])
+    assert [(p.loss, round(p.noise_scale)) for p in points] == [(4.0, 50), (3.0, 50), (1.0, 50)]
+    assert points[0].lower == pytest.approx(40.0)
+    assert points[0].upper == pytest.approx(50 * 50 / 40)
+    assert loss_points(history, [], []) == []
 
 
 def test_losses_belong_to_the_log_step_that_follows():
-    history = {
-        "step": [9, 19, 29, 39],
-        "gns/noise_scale": [50.0, math.inf, 70.0, 80.0],
-        "gns/noise_scale_lower": [40.0, 40.0, 60.0, 70.0],
-        "gns/noise_scale_upper": [60.0, math.inf, 80.0, 90.0],
-    }
+    history = make_history([0.1, 0.1, 0.1, 0.1], [5.0, 6.0, 7.0, 8.0], [40.0] * 4)
     steps, losses = [4, 9, 14, 19, 24, 29], [4.0, 2.0, 9.0, 9.0, 1.0, math.nan]
     points = loss_points(history, steps, losses)
-    # the second has no interval, the last no loss
-    assert [(point.loss, point.noise_scale) for point in points] == [(3.0, 50.0), (1.0, 70.0)]
+    # the last has no loss
+    assert [(point.loss, round(point.noise_scale)) for point in points] == [(3.0, 50), (9.0, 60), (1.0, 70)]

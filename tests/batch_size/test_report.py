@@ -51,6 +51,11 @@ def test_reads_either_logger(kind, tmp_path, capsys):
     # the made-up law, with an error of 5 % in 60 points
     (exponent,) = re.findall(r"loss\^([\d.]+)", page)
     assert float(exponent) == pytest.approx(3.0, abs=0.2)
+    assert "<code>target=0.1</code>" in page
+    assert "`" not in page
+    # only what differs from now has an interval
+    assert "<td>x1</td><td>x1</td>" in page
+    assert "Gradient noise scale of run/version_0</h1>" in page
     # one file for light and dark, and nothing from elsewhere
     assert page.count("data:image/svg+xml;base64,") == 2
     assert "prefers-color-scheme: dark" in page

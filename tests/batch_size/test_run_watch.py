@@ -82,7 +82,7 @@ def test_knows_the_optimizer_and_the_length_of_the_run(name, rule):
     callback = GradientNoiseScaleCallback(every_n_steps=1, ema_decay=1.0)
     fit(DigitsMLP(optimizer=name), [callback])
     advice = callback.advise(target=0.5, price_per_device_hour=3.0)
-    assert (advice.run.optimizer, advice.run.learning_rate_rule) == (name, rule)
+    assert (advice.run.optimizer, advice.run.optimizer_family) == (name, rule)
     assert (advice.run.num_steps, advice.run.planned_steps) == (60, 60)
     assert advice.run.micro_batches_per_epoch == 32
     assert (advice.run.every_n_steps, advice.run.ema_decay) == (1, 1.0)

@@ -5,10 +5,7 @@ Every scenario returns what JSON can hold; each rank writes its results to FOLDE
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +14,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from count_ops import CountOps
+from count_ops import count_with_and_without
 from frozen_digits import QUIET, DigitsMLP, digits, in_order, loader
 from gan import GAN, gan_data
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from processes import write_scenarios
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -65,14 +63,12 @@ def bit_for_bit(folder):
 
 
 def collectives(folder):
-    counts = []
-    for callbacks in ([], [GradientNoiseScaleCallback(every_n_steps=1)]):
-        trainer = two_ranks(callbacks, max_steps=25, log_every_n_steps=10)
-        counter = CountOps(trainer)
-        with counter:
-            trainer.fit(DigitsMLP(lr=0.1), loader(digits()))
-        counts.append([counter.counts.get(step, [0, 0]) for step in range(26)])
-    return counts
+    return count_with_and_without(
+        lambda callbacks: two_ranks(callbacks, max_steps=25, log_every_n_steps=10),
+        lambda: DigitsMLP(lr=0.1),
+        lambda: GradientNoiseScaleCallback(every_n_steps=1),
+        steps=26,
+    )
 
 
 def resumed(folder):
@@ -260,17 +256,6 @@ SCENARIOS = [
 ]
 
 
-def main(folder: str) -> None:
-    results = {}
-    for scenario in SCENARIOS:
-        try:
-            results[scenario.__name__] = scenario(folder)
-        except BaseException:  # noqa: PERF203 - one failure must not hide the other results
-            results[scenario.__name__] = {"error": traceback.format_exc()}
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    write_scenarios(SCENARIOS, sys.argv[1], sys.argv[2:])

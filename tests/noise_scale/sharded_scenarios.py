@@ -7,20 +7,17 @@ Every scenario returns what JSON can hold; each rank writes its results to FOLDE
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import traceback
 from dataclasses import asdict
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from count_ops import CountOps
+from count_ops import count_with_and_without
 from frozen_digits import QUIET, DigitsMLP, digits, in_order, loader
 from gan import GAN, gan_data
 from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import write_scenarios
 from sharded_pair_scenarios import (
     UsersReduceScatter,
     attach_and_detach,
@@ -166,14 +163,9 @@ def random_numbers(folder):
 
 
 def collectives(folder):
-    counts = []
-    for callbacks in ([], [Driver()]):
-        trainer = model_parallel(callbacks, max_steps=12)
-        counter = CountOps(trainer)
-        with counter:
-            trainer.fit(ShardedDigits(lr=0.1), loader(digits()))
-        counts.append([counter.counts.get(step, [0, 0]) for step in range(12)])
-    return counts
+    return count_with_and_without(
+        lambda callbacks: model_parallel(callbacks, max_steps=12), lambda: ShardedDigits(lr=0.1), Driver, steps=12
+    )
 
 
 def exception(folder):
@@ -282,19 +274,6 @@ SCENARIOS = {
 }
 
 
-def main(folder: str) -> None:
-    results = {}
-    for scenario in SCENARIOS[ranks()]:
-        if len(sys.argv) > 3 and scenario.__name__ not in sys.argv[3:]:
-            continue
-        try:
-            results[scenario.__name__] = scenario(folder)
-        except BaseException:  # one failure must not hide the other results
-            results[scenario.__name__] = {"error": traceback.format_exc()}
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    write_scenarios(SCENARIOS[ranks()], sys.argv[1], sys.argv[3:])

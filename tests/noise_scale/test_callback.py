@@ -430,8 +430,8 @@ class TestLifeCycle:
 
         def leave_mail(callback):
             measured, _ = measure(DigitsMLP(), loader(digits()), steps=7)
-            measured._post_mail()
-            callback._mailbox._shared.copy_(measured._mailbox._shared)
+            measured._mail.post(measured._measurements, measured._metrics)
+            callback._mail._mailbox._shared.copy_(measured._mail._mailbox._shared)
 
         callback = GradientNoiseScaleCallback(every_n_steps=1)
         leave_mail(callback)
@@ -535,19 +535,20 @@ class TestLogging:
         trainer.fit(DigitsMLP(), loader(digits()))
         assert callback.estimate().num_measurements == 10
 
-    def test_table_once_at_the_end(self, monkeypatch):
+    def test_a_few_lines_once_at_the_end(self, monkeypatch):
         said = []
         # how often a logger's handlers see it depends on which loggers other tests have opened
         monkeypatch.setattr("lightning_wn.noise_scale.callback.rank_zero_info", said.append)
         callback, _ = measure(DigitsMLP(), loader(digits()), steps=20)
-        tables = [message for message in said if "Gradient noise scale" in message]
-        assert len(tables) == 1
-        table = tables[0]
-        estimate = callback.estimate()
-        assert f"{estimate.noise_scale:.3g} examples" in table
-        assert "95 % interval" in table
-        assert "measured optimizer steps | 20" in table
-        assert "suggested batch size" in table
+        (summary,) = [message for message in said if "noise scale" in message]
+        estimate, advice = callback.estimate(), callback.advise()
+        measured, suggestion, rest = summary.strip().splitlines()
+        assert measured == f"Gradient {estimate}, by the probe 'micro_batch' on every optimizer step."
+        assert suggestion == advice.suggestion
+        assert suggestion in str(advice)
+        assert "`print(callback.advise())` says more" in rest
+        assert rest.endswith("and 1 reason for doubt.")
+        assert len(advice.doubts) == 1
 
 
 def test_nan_batch_is_dropped_counted_and_said_once(recwarn):

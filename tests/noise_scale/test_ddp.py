@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from frozen_digits import DigitsMLP, digits, per_example_gradients, standard_errors, textbook_pair, truth
+from frozen_digits import DigitsMLP, assert_true, digits, per_example_gradients, textbook_pair
 from gan import gan_samples
-from processes import run_script
+from processes import outcomes, results_of_ranks, run_script
 
 HERE = Path(__file__).parent
 
@@ -19,33 +19,17 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank says of each scenario."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run_script(HERE / "ddp_scenarios.py", str(folder), cwd=folder)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return results_of_ranks(HERE / "ddp_scenarios.py", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.fixture
 def outcome(ranks, request) -> list[Any]:
     """Both ranks' results of one scenario."""
-    results = [rank[request.param] for rank in ranks]
-    for result in results:
-        if isinstance(result, dict) and "error" in result:
-            pytest.fail(result["error"])
-    return results
+    return outcomes(ranks, request.param)
 
 
 def scenario(*names: str):
     return pytest.mark.parametrize("outcome", names, indirect=True)
-
-
-def assert_true(result: dict[str, Any], samples: list[int], measurements: int = 400) -> None:
-    """Within three standard errors of a design whose own are below 3 %."""
-    gradients = per_example_gradients(DigitsMLP(), digits())
-    expected = truth(gradients)
-    spread = standard_errors(gradients, [samples] * (1797 // sum(samples)), measurements)
-    assert result["num_measurements"] == measurements
-    assert abs(result["grad_sq_norm"] - expected[0]) < 3 * spread[0] < 3 * 0.03 * expected[0]
-    assert abs(result["cov_trace"] - expected[1]) < 3 * spread[1] < 3 * 0.03 * expected[1]
 
 
 @scenario("ddp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
-from processes import run_script
+from processes import results_of_ranks
 from support_cells import COLUMNS, IMPOSSIBLE, LAUNCHED, ONE_DEVICE, ROWS, Run, cell
 from support_models import Net, Normalized
 from torch.distributed.fsdp import FSDPModule
@@ -74,9 +73,7 @@ def test_every_footnote_is_there():
 
 
 def ranks(tmp_path_factory, column: str, count: int = 2) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp(column)
-    run_script(HERE / "support_scenarios.py", str(folder), column, cwd=folder)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+    return results_of_ranks(HERE / "support_scenarios.py", tmp_path_factory.mktemp(column), column, ranks=count)
 
 
 @pytest.fixture(scope="module")

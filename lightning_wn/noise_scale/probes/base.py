@@ -20,31 +20,28 @@ class Probe(Protocol):
     The callback calls ``require_readable`` before training, and then, for each step that is measured,
     ``begin`` once, ``before_forward``, ``before_backward`` and ``after_backward`` for every micro-batch, and
     ``finish`` once the optimizer's gradient is complete. ``detach`` may come at any time and leaves nothing
-    behind.
+    behind. A probe says only where it is other than what stands here.
     """
 
     name: ClassVar[str]
-    default_every_n_steps: ClassVar[int]
+    default_every_n_steps: ClassVar[int] = 10
     """Cadence at which measuring adds about 1 % or less to training time."""
-    approximate: ClassVar[str]
+    approximate: ClassVar[str] = ""
     """Why the estimate is approximate, in a sentence; empty for exact probes."""
-    can_precondition: ClassVar[bool]
+    can_precondition: ClassVar[bool] = True
     """Whether it has whole gradients of parameters, to divide them by an optimizer's denominator."""
-    watches_forward: ClassVar[bool]
+    watches_forward: ClassVar[bool] = False
     """Whether it has to see the forward pass, so that a step cannot begin after it."""
-    watches_backward: ClassVar[bool]
+    watches_backward: ClassVar[bool] = True
     """Whether it has to see each backward pass; otherwise the optimizer's gradient tells all."""
 
-    strict: bool
+    strict: bool = True
     """Whether what it finds unmeasurable at first is an error; otherwise it leaves steps out, with a warning."""
 
-    @property
-    def coverage(self) -> float:
-        """Measured share of the elements of the parameters that it was given."""
-
-    @property
-    def reduces_in_low_precision(self) -> bool:
-        """Whether gradients are rounded to 16 bits between the samples and the optimizer."""
+    coverage: float = 1.0
+    """Measured share of the elements of the parameters that it was given."""
+    reduces_in_low_precision: bool = False
+    """Whether gradients are rounded to 16 bits between the samples and the optimizer."""
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError, with a sentence that names the fix, where this probe would not be right.
@@ -54,6 +51,7 @@ class Probe(Protocol):
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
         """Whether this optimizer step takes part in a measurement, at one measurement in so many steps."""
+        return step % every_n_steps == 0
 
     def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start an optimizer step over these parameters; an unfinished one is forgotten.
@@ -64,7 +62,7 @@ class Probe(Protocol):
     def before_forward(self, count: BatchCount) -> None:
         """A micro-batch of so many examples starts its forward pass."""
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self, loss: Tensor | None = None) -> None:
         """The backward pass of this loss, as it is differentiated, starts."""
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:

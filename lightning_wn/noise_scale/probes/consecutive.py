@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.probes.base import Probe
 from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
 
 
-class ConsecutiveProbe:
+class ConsecutiveProbe(Probe):
     """Compares each optimizer step's gradient with a kept copy of the last one.
 
     It needs no second micro-batch and no per-example gradients, so it works on one device without
@@ -27,17 +28,11 @@ class ConsecutiveProbe:
     """
 
     name: ClassVar[str] = "consecutive"
-    default_every_n_steps: ClassVar[int] = 10
     approximate: ClassVar[str] = (
         "it compares gradients of two successive optimizer steps, and the parameters move between them; "
         "`Trainer(accumulate_grad_batches=2)` or more is exact"
     )
-    can_precondition: ClassVar[bool] = True
-    watches_forward: ClassVar[bool] = False
     watches_backward: ClassVar[bool] = False
-    strict: bool = True
-    coverage: float = 1.0
-    reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
         self._measured = MeasuredParameters(())

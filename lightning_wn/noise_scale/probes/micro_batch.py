@@ -13,13 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import norm_dtype
+from lightning_wn.noise_scale.probes.base import Probe
 from lightning_wn.noise_scale.run_facts import largest_accumulation, require_independent_ranks
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, summing_dtype
 
 _ELEMENTS_PER_CHECKSUM = 64
 
 
-class MicroBatchProbe:
+class MicroBatchProbe(Probe):
     """Sees each micro-batch's local gradient before accumulation and before DDP averages it.
 
     ``Tensor.register_hook`` on every parameter is called with the gradient of the running backward pass
@@ -32,14 +33,6 @@ class MicroBatchProbe:
     """
 
     name: ClassVar[str] = "micro_batch"
-    default_every_n_steps: ClassVar[int] = 10
-    approximate: ClassVar[str] = ""
-    can_precondition: ClassVar[bool] = True
-    watches_forward: ClassVar[bool] = False
-    watches_backward: ClassVar[bool] = True
-    strict: bool = True
-    coverage: float = 1.0
-    reduces_in_low_precision: bool = False
 
     def __init__(self) -> None:
         self._measured = MeasuredParameters(())
@@ -67,10 +60,6 @@ class MicroBatchProbe:
         require_independent_ranks(trainer, pl_module, may_convert=True)
         if wrapped and trainer.world_size > 1:
             self._averaged = _averaged_by_ddp(trainer.strategy.model)
-
-    def is_due(self, step: int, every_n_steps: int) -> bool:
-        """Whether this optimizer step is measured."""
-        return step % every_n_steps == 0
 
     def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; hooks are set anew only where the parameters changed."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import foreach_norms
+from lightning_wn.noise_scale.probes.base import Probe
 from lightning_wn.noise_scale.probes.fsdp_groups import (
     ShardedGroup,
     read_sharded_groups,
@@ -31,7 +32,7 @@ _DTYPE = torch.float64
 _SeeGradient = Callable[[int, Tensor, Any], None]
 
 
-class ShardedProbe:
+class ShardedProbe(Probe):
     """Sees each rank's local gradient just before FSDP2 averages it and keeps one shard of the mean.
 
     The input of a parameter group's reduce-scatter is the flat gradient of this rank's own examples (also
@@ -44,16 +45,9 @@ class ShardedProbe:
     """
 
     name: ClassVar[str] = "sharded"
-    default_every_n_steps: ClassVar[int] = 10
-    approximate: ClassVar[str] = ""
     can_precondition: ClassVar[bool] = False
-    watches_forward: ClassVar[bool] = False
-    watches_backward: ClassVar[bool] = True
-    strict: bool = True
-    coverage: float = 1.0
 
     def __init__(self) -> None:
-        self.reduces_in_low_precision = False
         self._measured = MeasuredParameters(())
         self._pieces: dict[int, list[_Piece]] | None = None
         self._groups: list[ShardedGroup] = []
@@ -68,10 +62,6 @@ class ShardedProbe:
         require_independent_ranks(trainer, pl_module, may_convert=False)
         if wrapped:
             self.reduces_in_low_precision = reduces_in_low_precision(require_shardable(trainer, pl_module))
-
-    def is_due(self, step: int, every_n_steps: int) -> bool:
-        """Whether this optimizer step is measured."""
-        return step % every_n_steps == 0
 
     def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; the reduce-scatters are replaced anew only where the parameters changed.

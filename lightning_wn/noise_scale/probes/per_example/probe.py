@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.probes.base import Probe
 from lightning_wn.noise_scale.probes.per_example.engine import PerExampleNorms
 from lightning_wn.noise_scale.probes.per_example.refusals import PerExampleError
 from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
@@ -23,7 +24,7 @@ _ALTERNATIVES = (
 )
 
 
-class PerExampleProbe:
+class PerExampleProbe(Probe):
     """Takes every example's own squared gradient norm out of the ordinary backward pass.
 
     With B_small = 1 the variance of tr(Σ) is the lowest that a batch can give. One device, layers that do not
@@ -34,18 +35,12 @@ class PerExampleProbe:
     name: ClassVar[str] = "per_example"
     # a measured step costs about 1.3 plain ones
     default_every_n_steps: ClassVar[int] = 100
-    approximate: ClassVar[str] = ""
-    can_precondition: ClassVar[bool] = True
     watches_forward: ClassVar[bool] = True
-    watches_backward: ClassVar[bool] = True
-    reduces_in_low_precision: bool = False
-    strict: bool = True
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
         self._measured = MeasuredParameters(())
         self._norms: PerExampleNorms | None = None
-        self._coverage = 1.0
         self._has_measured = False
         self._warned = False
         self._failed = False
@@ -56,11 +51,6 @@ class PerExampleProbe:
         self._examples: float | Tensor = 0.0
         self._total_weight = 0.0
         self._micro_batches = 0
-
-    @property
-    def coverage(self) -> float:
-        """Measured share of the elements of the parameters that it was given."""
-        return self._coverage
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError on several devices and for models that mix examples or are compiled."""
@@ -77,10 +67,6 @@ class PerExampleProbe:
         if wrapped:
             self._attach(pl_module, MeasuredParameters([p for p in pl_module.parameters() if p.requires_grad]))
             self.detach()
-
-    def is_due(self, step: int, every_n_steps: int) -> bool:
-        """Whether this optimizer step is measured."""
-        return step % every_n_steps == 0
 
     def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; the hooks are set anew only where the parameters changed."""
@@ -162,7 +148,7 @@ class PerExampleProbe:
             return
         self._norms, self._model, self._measured = norms, model, measured
         seen = sum(p.numel() for p in norms.parameters)
-        self._coverage = seen / max(sum(p.numel() for p in measured.parameters), 1)
+        self.coverage = seen / max(sum(p.numel() for p in measured.parameters), 1)
 
     def _try(self, call: Callable[[PerExampleNorms], _Result]) -> _Result | None:
         """Call the engine; what it refuses is an error at first, and a step left out later."""

@@ -1,4 +1,4 @@
-"""Which rule an optimizer's learning rate follows when the batch size changes."""
+"""Whether an optimizer is like SGD or like Adam, which says how its learning rate goes with the batch size."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-LearningRateRule = Literal["sgd", "adam"]
+OptimizerFamily = Literal["sgd", "adam"]
 
 _SGD_LIKE = {"SGD", "ASGD", "LARS"}
 # they divide by a root of squared gradients, which noise dominates at small batches
 _ADAM_LIKE = {"Adagrad", "Adadelta", "Adafactor", "RMSprop", "LAMB", "Lamb"}
 
 
-def learning_rate_rule(optimizer: Optimizer) -> LearningRateRule | None:
+def optimizer_family(optimizer: Optimizer) -> OptimizerFamily | None:
     """Return whether the optimizer is like SGD or like Adam; None where it is like neither, as LBFGS or Lion.
 
     Known are torch's own classes and what derives from them, everything with Adam in its name, and what keeps Adam's
@@ -22,9 +22,9 @@ def learning_rate_rule(optimizer: Optimizer) -> LearningRateRule | None:
     Example:
         >>> import torch
         >>> weights = [torch.nn.Parameter(torch.zeros(1))]
-        >>> learning_rate_rule(torch.optim.SGD(weights)), learning_rate_rule(torch.optim.AdamW(weights))
+        >>> optimizer_family(torch.optim.SGD(weights)), optimizer_family(torch.optim.AdamW(weights))
         ('sgd', 'adam')
-        >>> learning_rate_rule(torch.optim.LBFGS(weights)) is None
+        >>> optimizer_family(torch.optim.LBFGS(weights)) is None
         True
     """
     names = {cls.__name__ for cls in type(optimizer).__mro__}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_wn.batch_size.learning_rate_rule import learning_rate_rule
+from lightning_wn.batch_size.optimizer_family import optimizer_family
 
 WEIGHTS = [torch.nn.Parameter(torch.ones(2))]
 
@@ -12,14 +12,14 @@ WEIGHTS = [torch.nn.Parameter(torch.ones(2))]
     + [(name, "adam") for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop")],
 )
 def test_torchs_own(name, rule):
-    assert learning_rate_rule(getattr(torch.optim, name)(WEIGHTS)) == rule
+    assert optimizer_family(getattr(torch.optim, name)(WEIGHTS)) == rule
 
 
 def test_what_derives_from_one_is_like_it():
     class Nesterov(torch.optim.SGD):
         pass
 
-    assert learning_rate_rule(Nesterov(WEIGHTS)) == "sgd"
+    assert optimizer_family(Nesterov(WEIGHTS)) == "sgd"
 
 
 def test_what_keeps_a_second_moment_is_like_adam():
@@ -28,6 +28,6 @@ def test_what_keeps_a_second_moment_is_like_adam():
             super().__init__(params, {})
 
     optimizer = Mine(WEIGHTS)
-    assert learning_rate_rule(optimizer) is None
+    assert optimizer_family(optimizer) is None
     optimizer.state[WEIGHTS[0]] = {"exp_avg_sq": torch.ones(2)}
-    assert learning_rate_rule(optimizer) == "adam"
+    assert optimizer_family(optimizer) == "adam"
