@@ -328,7 +328,10 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], summaries: Sequence
     noise_scale = Way("noise scale in the adaptive runs", "#009E73", "-.")
     curves(sizes, noise_scale, results["adaptive"], "characters", "noise_scale")
     ends.legend(frameon=False, loc="upper right")
-    by_steps.set_ylim(0.97 * min(row["held_out_loss"] for row in summaries), 2.6)
+    everywhere = [[point["held_out_loss"] for point in r["points"]] for runs in results.values() for r in runs]
+    # the beginning would flatten all that comes after it
+    top = max(curve[len(curve) // 8] for curve in everywhere)
+    by_steps.set_ylim(0.97 * min(map(min, everywhere)), top)
     by_characters.sharey(by_steps)
     for axis, title, x, y in (
         (by_steps, "Loss over steps", "optimizer steps", "held-out loss (nat per character)"),
@@ -352,7 +355,7 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], summaries: Sequence
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.set_minor_locator(NullLocator())
-    figure.legend(*sizes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*sizes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
 
 
