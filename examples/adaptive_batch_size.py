@@ -1,11 +1,9 @@
-"""A batch size that follows the noise scale, beside three that stand still.
+"""A batch size that follows the noise scale, beside two that stand still.
 
-A small transformer learns Python's own source, character by character, four ways: with a fixed batch size of at most
-0.05 of the noise scale that is measured in mid-run, with one above the noise scale, with
-:class:`~lightning_wn.AdaptiveBatchSizeCallback`, which starts from the small one, and with a fixed one that takes about
-as many optimizer steps over the same data as the callback does. The learning rate falls to 0 at the end of the data,
-so that the ends can be compared. The small and the large batch each have the one of three that suits them best; the
-others go by the square-root rule from the small one. Run it from anywhere; everything it writes goes into
+A small transformer learns Python's own source, character by character, three ways: with a fixed batch size of at most
+0.05 of the noise scale that is measured in mid-run, with one above the noise scale, and with
+:class:`~lightning_wn.AdaptiveBatchSizeCallback`, which starts from the small one. The learning rate falls to 0 at the
+end of the data, so that the ends can be compared. Run it from anywhere; everything it writes goes into
 ``runs/adaptive_batch_size/`` of the current directory, and a run that is there already is not made again::
 
     python examples/adaptive_batch_size.py
@@ -58,11 +56,10 @@ class Setting:
     Attributes:
         length: Characters in a sequence.
         width: Of the model.
-        budget: Sequences that the small and the large batch train on.
-        more: How many times as many the adaptive and the middle one train on.
+        budget: Sequences that the fixed ways train on.
+        more: How many times as many the adaptive way trains on.
         small: The small batch size, in sequences.
-        middle: One that takes about as many steps as the adaptive one.
-        large: One above the noise scale.
+        large: The large one.
         measured_every: Optimizer steps from one measurement of the noise scale to the next.
         target: Wished fraction of the noise scale.
         changed_every: Fewest optimizer steps between two changes.
@@ -76,10 +73,9 @@ class Setting:
     budget: int = 108_000
     more: float = 1.05
     small: int = 4
-    middle: int = 8
     large: int = 256
     measured_every: int = 5
-    target: float = 0.1
+    target: float = 0.15
     changed_every: int = 100
     points: int = 32
     held_out: int = 8192
@@ -92,7 +88,6 @@ QUICK = Setting(
     width=32,
     budget=1600,
     small=2,
-    middle=6,
     large=64,
     measured_every=1,
     target=1.0,
@@ -115,14 +110,13 @@ class Way:
 
     label: str
     color: str
-    line: Any
+    line: str
 
 
 WAYS = {
     "small": Way("fixed small batch", "#D55E00", "--"),
     "large": Way("fixed large batch", "#777777", ":"),
     "adaptive": Way("adaptive batch", "#0072B2", "-"),
-    "middle": Way("fixed middle batch", "#CC79A7", (0, (5, 1))),
 }
 
 
@@ -200,8 +194,8 @@ def run(way: str, setting: Setting, seed: int, learning_rate: float) -> dict[str
     """
     pl.seed_everything(seed, verbose=False)
     train, held_out = (Sequences(text, setting.length) for text in standard_library())
-    batch_size = {"middle": setting.middle, "large": setting.large}.get(way, setting.small)
-    budget = round(setting.budget * setting.more) if way in ("adaptive", "middle") else setting.budget
+    batch_size = setting.large if way == "large" else setting.small
+    budget = round(setting.budget * setting.more) if way == "adaptive" else setting.budget
     noise_scale = GradientNoiseScaleCallback(every_n_steps=setting.measured_every)
     record = Record(setting, noise_scale, held_out)
     callbacks: list[pl.Callback] = [noise_scale, record]
@@ -231,11 +225,7 @@ def run(way: str, setting: Setting, seed: int, learning_rate: float) -> dict[str
 def run_once(way: str, setting: Setting, seed: int) -> dict[str, Any]:
     """Train unless it is on disk with this very setting."""
     file = OUTPUT / f"{way}_{seed}.json"
-    rate = LEARNING_RATES["small"]
-    if way == "large":
-        rate = LEARNING_RATES["large"]
-    elif way == "middle":
-        rate *= math.sqrt(setting.middle / setting.small)
+    rate = LEARNING_RATES["large" if way == "large" else "small"]
     asked = {"setting": asdict(setting), "learning_rate": rate}
     found = json.loads(file.read_text()) if file.exists() else {}
     if any(found.get(key) != value for key, value in asked.items()):
@@ -355,7 +345,7 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], summaries: Sequence
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.set_minor_locator(NullLocator())
-    figure.legend(*sizes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(*sizes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

@@ -18,7 +18,7 @@ def test_the_adaptive_run_takes_fewer_steps_over_the_planned_data(run_example):
     ways = {row["way"]: {k: v if k == "way" else float(v) for k, v in row.items()} for row in
             read_rows(finished.folder / "summary.csv")}  # fmt: skip
     small, large, adaptive = (ways[name] for name in ("small", "large", "adaptive"))
-    assert list(ways) == ["small", "large", "adaptive", "middle"]
+    assert list(ways) == ["small", "large", "adaptive"]
 
     # 1600 sequences of 16 characters, 2 or 64 to a step, and 1.05 times as many
     assert (small["steps"], small["characters"]) == (800, 25_600)
@@ -47,7 +47,7 @@ def test_the_adaptive_run_takes_fewer_steps_over_the_planned_data(run_example):
         assert smallest <= largest
         assert smallest * (steps - 1) <= sequences <= largest * (steps + 1)
 
-    assert finished.stdout.count("\n| ") == 5
+    assert finished.stdout.count("\n| ") == 4
     height, width = matplotlib.image.imread(finished.folder / "curves.png").shape[:2]
     assert 1000 < width < 2000
     assert 600 < height < 1200
