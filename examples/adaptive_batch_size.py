@@ -242,10 +242,15 @@ def standard_error(values: Sequence[float], block: int = 64) -> float:
 
 
 def summary(way: str, seed: int, result: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """A run in numbers, beside the one with the small batch and the same seed."""
+    """A run in numbers, beside the one with the small batch and the same seed.
+
+    The noise scale in mid-run is the median of its readings in the middle fifth of the data, with the least and most.
+    """
     points = [Point(**point) for point in result["points"]]
     last = points[-1]
-    middle = min(points, key=lambda point: abs(point.characters - last.characters / 2))
+    # one reading alone is not precise; they average over a few hundred steps each
+    middle = [point for point in points if 0.4 < point.characters / last.characters < 0.6]
+    readings = [point.noise_scale for point in middle]
     late = [point.train_loss for point in points if point.characters > 0.9 * last.characters]
     differences = [a - b for a, b in zip(result["losses"], small["losses"], strict=True)]
     reference = small["points"][-1]
@@ -264,11 +269,10 @@ def summary(way: str, seed: int, result: Mapping[str, Any], small: Mapping[str, 
         "train_loss": statistics.fmean(late),
         "smallest_batch": min(point.batch_size for point in points),
         "largest_batch": max(point.batch_size for point in points),
-        "mid_run_batch": middle.batch_size,
-        "mid_run_noise_scale": middle.noise_scale,
-        "mid_run_lower": middle.lower,
-        "mid_run_upper": middle.upper,
-        "mid_run_fraction": middle.batch_size / middle.noise_scale,
+        "mid_run_noise_scale": statistics.median(readings),
+        "mid_run_least": min(readings),
+        "mid_run_most": max(readings),
+        "mid_run_fraction": statistics.median(point.batch_size / point.noise_scale for point in middle),
         "seconds": result["seconds"],
     }
 
@@ -288,7 +292,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
             f"{row['held_out_loss']:.4f} ± {row['held_out_loss_error']:.4f} | "
             f"{row['difference']:+.4f} ± {row['difference_error']:.4f} | {row['train_loss']:.4f} | "
             f"{' to '.join(map(str, sizes))} | "
-            f"{row['mid_run_noise_scale']:.0f} ({row['mid_run_lower']:.0f} to {row['mid_run_upper']:.0f}) | "
+            f"{row['mid_run_noise_scale']:.0f} ({row['mid_run_least']:.0f} to {row['mid_run_most']:.0f}) | "
             f"{row['mid_run_fraction']:.3f} |"
         )
     return "\n".join(lines)
