@@ -31,7 +31,7 @@ import matplotlib as mpl
 import torch
 from character_model import CharacterModel, Sequences, losses, standard_library, train_dataloader
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from lightning_wn import AdaptiveBatchSizeCallback, GradientNoiseScaleCallback
@@ -302,7 +302,7 @@ def curves(axis: Any, way: Way, results: Sequence[Mapping[str, Any]], x: str, y:
     """One thin line a seed, and their median."""
     series = [([point[x] for point in r["points"]], [point[y] for point in r["points"]]) for r in results]
     for xs, ys in series:
-        axis.plot(xs, ys, color=way.color, linewidth=0.6, alpha=0.6, **{"linestyle": way.line, **style})
+        axis.plot(xs, ys, color=way.color, linewidth=0.8, alpha=0.6, **{"linestyle": way.line, **style})
     medians = [[statistics.median(v) for v in zip(*(s[i] for s in series), strict=True)] for i in (0, 1)]
     axis.plot(*medians, color=way.color, linewidth=2, label=way.label, **{"linestyle": way.line, **style})
 
@@ -340,15 +340,17 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], summaries: Sequence
         axis.spines[["top", "right"]].set_visible(False)
     for axis in (by_characters, sizes):
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
-    for scale, axis in (
-        (by_steps.set_xscale, by_steps.xaxis),
-        (ends.set_xscale, ends.xaxis),
-        (sizes.set_yscale, sizes.yaxis),
+    few, many = (1.0,), (1.0, 2.0, 5.0)
+    for scale, axis, ticks in (
+        (by_steps.set_xscale, by_steps.xaxis, few),
+        (ends.set_xscale, ends.xaxis, few),
+        (sizes.set_yscale, sizes.yaxis, many),
     ):
         scale("log")
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(LogLocator(subs=ticks))
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+    sizes.minorticks_off()
     figure.legend(*sizes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
