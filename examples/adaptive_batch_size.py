@@ -22,7 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,8 @@ def run(way: str, setting: Setting, seed: int, learning_rate: float) -> dict[str
 def run_once(way: str, setting: Setting, seed: int) -> dict[str, Any]:
     """Train unless it is on disk with this very setting."""
     file = OUTPUT / f"{way}_{seed}.json"
+    if way != "adaptive":
+        setting = replace(setting, target=Setting.target)  # another target does not make these runs others
     rate = LEARNING_RATES["large" if way == "large" else "small"]
     asked = {"setting": asdict(setting), "learning_rate": rate}
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -374,8 +376,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, few data")
     parser.add_argument("--tune", action="store_true", help="only try learning rates for the fixed batches")
+    parser.add_argument("--target", type=float, help="wished fraction of the noise scale, in place of 0.15")
     arguments = parser.parse_args()
     setting, seeds = (QUICK, 1) if arguments.quick else (Setting(), 3)
+    if arguments.target is not None:
+        setting = replace(setting, target=arguments.target)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     mpl.use("Agg")  # works without a display
     OUTPUT.mkdir(parents=True, exist_ok=True)
