@@ -27,8 +27,12 @@ __all__ = ["BatchSizeAdvice", "RunConfiguration", "advise_batch_size"]
 _UNKNOWN = Factor(math.nan, math.nan, math.nan)
 _NOT_MEASURED = "No advice on the batch size: the noise scale was not measured yet."
 _LEARNING_RATE_MATTERS = (
-    "The noise scale depends on the learning rate: on handwritten digits it read 27 to 58 at the tuned rate of SGD and "
-    "188 at a quarter of it. Tune the rate first, and measure again after a change."
+    "The noise scale depends on the learning rate: on handwritten digits it predicted 36 at the tuned rate of SGD, "
+    "where 34 was measured, and 124 at a quarter of it. Tune the rate first, and measure again after a change."
+)
+_MOMENTUM_MATTERS = (
+    "Momentum is not in it: on six small tasks with Adam the critical batch size was 1.3 to 3.4 times the noise scale; "
+    "`measure_critical_batch_size` measures it."
 )
 
 
@@ -115,6 +119,7 @@ class BatchSizeAdvice:
             more_to_measure(self.estimate, self.run),
             *self.doubts,
             _LEARNING_RATE_MATTERS if changes else "",
+            _MOMENTUM_MATTERS if changes and self.run.optimizer_family == "adam" else "",
         ]
         return [part for part in parts if part]
 

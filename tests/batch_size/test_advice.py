@@ -163,7 +163,14 @@ class TestLearningRate:
         assert hides not in str(advice).split("learning rate", 1)[1].splitlines()[0]
 
     def test_the_noise_scale_depends_on_it(self):
-        assert "27 to 58 at the tuned rate of SGD and 188 at a quarter of it" in str(make_advice(130.0))
+        text = str(make_advice(130.0))
+        assert "predicted 36 at the tuned rate of SGD, where 34 was measured, and 124 at a quarter of it" in text
+
+    @pytest.mark.parametrize(("family", "says"), [("adam", True), ("sgd", False)])
+    def test_momentum_is_not_in_it(self, family, says):
+        run = ObservedRun(optimizer="Some", optimizer_family=family)
+        advice = advise_batch_size(make_estimate(130.0), RunConfiguration(accumulate_grad_batches=4), run)
+        assert ("Momentum is not in it" in str(advice)) == says
 
 
 class TestHours:
