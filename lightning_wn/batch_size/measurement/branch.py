@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_wn.batch_size.measurement.callback_checks import check_callbacks
 from lightning_wn.batch_size.measurement.loss_curve import SMOOTHING, CurveRecorder, LossCurve
 from lightning_wn.batch_size.scheduler_clock import step_schedulers
 from lightning_wn.batch_size.whole_windows import WholeWindows
@@ -52,7 +53,10 @@ class Branch:
         curve: Its losses over its own optimizer steps; or the monitored values.
         smoothing: 0 where the curve is to be taken as it is.
         diverged: Whether a loss was not finite.
-        noise_scales: (optimizer step, noise scale) at log steps, where a noise-scale callback was there.
+        noise_scales: (optimizer step, noise scale) at log steps, or at the end where there were none; empty without a
+            noise-scale callback.
+        given_up: Optimizer steps after which it was given up, as another learning rate is faster; None where it was
+            trained to its end.
     """
 
     plan: BranchPlan
@@ -60,6 +64,7 @@ class Branch:
     smoothing: float = SMOOTHING
     diverged: bool = False
     noise_scales: tuple[tuple[int, float], ...] = ()
+    given_up: int | None = None
 
     @property
     def mean_batch_size(self) -> float:
@@ -83,6 +88,7 @@ class Branch:
             smoothing=values["smoothing"],
             diverged=values["diverged"],
             noise_scales=tuple((step, noise_scale) for step, noise_scale in values["noise_scales"]),
+            given_up=values.get("given_up"),
         )
 
 
@@ -94,6 +100,7 @@ class BranchWatch(WholeWindows):
         scheduler_ratio: Steps of a step-based scheduler for each optimizer step.
         num_examples: End after so many.
         batch_size: Most examples in an optimizer step.
+        micro_batch: Examples that the first batch must hold, or fewer if it is alone; None to take what comes.
         target_loss: End soon after the smoothed loss got there.
         most_steps: End after so many optimizer steps.
         monitor: Record this metric at the end of each validation in place of the loss.
@@ -108,6 +115,7 @@ class BranchWatch(WholeWindows):
         scheduler_ratio: float = 1.0,
         num_examples: float = math.inf,
         batch_size: int = 1,
+        micro_batch: int | None = None,
         target_loss: float | None = None,
         most_steps: float = math.inf,
         monitor: str | None = None,
@@ -121,6 +129,7 @@ class BranchWatch(WholeWindows):
         self._scheduler_ratio = scheduler_ratio
         self._num_examples = num_examples
         self._batch_size = batch_size
+        self._micro_batch = micro_batch
         self._examples = 0.0
         self._target_loss = target_loss
         self._most_steps = most_steps
@@ -151,12 +160,20 @@ class BranchWatch(WholeWindows):
     @property
     def is_over(self) -> bool:
         """Whether the branch came to an end of its own, and not to one of the Trainer's."""
-        return (
-            self.diverged
-            or self._examples >= self._num_examples
-            or self._steps >= self._most_steps
-            or (self._target_loss is not None and self._is_there())
-        )
+        return self._is_whole or self._steps >= self._most_steps
+
+    @property
+    def given_up(self) -> int | None:
+        """The optimizer steps after which it was given up for being too slow, if it was."""
+        return None if self._is_whole or self._steps < self._most_steps else self._steps
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.diverged or self._examples >= self._num_examples or self._is_there()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse callbacks out of place; the model's own are among the Trainer's by now."""
+        check_callbacks(callbacks_of(trainer), f"`configure_callbacks` of {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the optimizer's step."""
@@ -165,12 +182,20 @@ class BranchWatch(WholeWindows):
                 "`batch_sizes` must not go below `base_batch_size` for a model whose learning-rate scheduler steps "
                 "with the optimizer: it cannot be held back; leave those sizes out."
             )
+        seldom = [c.frequency for c in trainer.lr_scheduler_configs if c.interval == "step" and c.frequency != 1]
+        if seldom:
+            raise ValueError(
+                f"A scheduler that steps with the optimizer must have `frequency` 1 in `configure_optimizers`, got "
+                f"{seldom[0]}: only then can it be kept in step with the data."
+            )
         self._take_hold_of_optimizer(trainer.optimizers[0], self._rate_factor)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss, and at the end of a window step schedulers and see whether the branch is over."""
+        if not self._batches:
+            self._check_first_batch(trainer, batch, batch_idx)
         self._batches += 1
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
@@ -186,9 +211,8 @@ class BranchWatch(WholeWindows):
             losses, sizes = zip(*self._here, strict=True)
             self._waiting.append((torch.stack(losses).mean(), sum(sizes)))
             self._here = []
-        noise_scales = [c for c in callbacks_of(trainer) if isinstance(c, GradientNoiseScaleCallback)]
-        if noise_scales and is_log_step(trainer):
-            self.noise_scales.append((self._steps, noise_scales[0].estimate().noise_scale))
+        if is_log_step(trainer):
+            self._read_noise_scale(trainer)
         if self._steps >= self._look_at or self._steps >= self._most_steps:
             self._look(trainer)
             # the end is met exactly, though a short window has fewer examples
@@ -219,6 +243,8 @@ class BranchWatch(WholeWindows):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the last losses and leave the optimizer."""
         self._look(trainer)
+        if not self.noise_scales:  # a branch may be shorter than the interval of logging
+            self._read_noise_scale(trainer)
         self._let_go_of_optimizer()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -255,6 +281,23 @@ class BranchWatch(WholeWindows):
 
     def _is_there(self) -> bool:
         return self._target_loss is not None and math.isfinite(self.curve.steps_to(self._target_loss, self.smoothing))
+
+    def _read_noise_scale(self, trainer: Trainer) -> None:
+        found = [callback for callback in callbacks_of(trainer) if isinstance(callback, GradientNoiseScaleCallback)]
+        if found:
+            self.noise_scales.append((self._steps, found[0].estimate().noise_scale))
+
+    def _check_first_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        if self._micro_batch is None:
+            return
+        found = count_examples(batch, None).total
+        # a data set may be smaller than a batch
+        is_short = found < self._micro_batch and batch_idx == 0 and trainer.num_training_batches > 1
+        if found > self._micro_batch or is_short:
+            raise ValueError(
+                f"`data` was called with {self._micro_batch}, and its first batch holds {found} examples; let it make "
+                "batches of the size that it is given, or say with `batch_size_fn` what to count."
+            )
 
     def _look(self, trainer: Trainer) -> None:
         """Read the losses that wait, the mean over all ranks of each, and the examples of all."""

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
@@ -15,34 +16,50 @@ class BranchFiles:
     """A folder of finished branches, all of the same experiment.
 
     Args:
-        directory: The folder; made when the first branch is kept.
+        directory: The folder; made at once, so that one that cannot be written to is not found out after training.
         settings: What all branches have in common: names with numbers, texts or None. A folder that was begun with
             others is refused.
 
     Raises:
-        ValueError: If the folder holds branches of another experiment.
+        ValueError: If the folder holds branches of another experiment or a damaged file, or is none.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self._settings = json.loads(json.dumps(settings))
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`directory` must be a folder that can be written to, got {str(self.directory)!r}: {error}."
+            ) from error
         found = self._read(self._settings_file)
+        if found is not None and not isinstance(found, dict):
+            raise self._damaged(self._settings_file)
         if found is not None and found != self._settings:
             names = sorted(
                 name for name in found.keys() | self._settings if found.get(name) != self._settings.get(name)
             )
             name = names[0]
-            seeding = " (seed the random state before the model is made, or pass a function that makes it)"
+            hints = {
+                "weights": " (seed the random state before the model is made, or pass a function that makes it)",
+                "base_batch_size": " (it is the smallest batch size unless you give it)",
+            }
             raise ValueError(
                 f"`directory` {str(self.directory)!r} holds branches of another experiment: `{name}` was "
                 f"{found.get(name)!r} there and is {self._settings.get(name)!r} now"
-                f"{seeding if name == 'weights' else ''}; choose another directory, or remove it."
+                f"{hints.get(name, '')}; choose another directory, or remove it."
             )
 
     def load(self, plan: BranchPlan) -> Branch | None:
         """Return the finished branch of a plan, if there is one."""
         values = self._read(self._branch_file(plan))
-        return None if values is None else Branch.from_dict(values)
+        try:
+            return None if values is None else Branch.from_dict(values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._damaged(self._branch_file(plan)) from error
 
     def keep(self, branch: Branch) -> None:
         """Write a finished branch; a file is there wholly or not at all."""
@@ -66,6 +83,12 @@ class BranchFiles:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise BranchFiles._damaged(path) from error
+
+    @staticmethod
+    def _damaged(path: Path) -> ValueError:
+        return ValueError(f"`directory` holds a damaged file, {str(path)!r}; remove it, and it will be made anew.")
 
     @staticmethod
     def _write(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from lightning_wn.batch_size.measurement.measurement import Method
@@ -11,10 +12,14 @@ from lightning_wn.batch_size.measurement.measurement import Method
 PowerRule = Literal["sqrt", "linear", "none"]
 
 
+def whole_number(value: Any) -> Any:
+    """Return numpy's whole numbers as Python's, and anything else as it is."""
+    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+
+
 def check_numbers(
     *,
     sizes: Sequence[int],
-    seeds: Sequence[int],
     method: str,
     num_examples: int,
     target_loss: float | None,
@@ -33,14 +38,18 @@ def check_numbers(
         raise ValueError(f"`method` must be one of {list(get_args(Method))}, got {method!r}.")
     if learning_rate not in get_args(PowerRule):
         raise ValueError(f"`learning_rate` must be one of {list(get_args(PowerRule))}, got {learning_rate!r}.")
-    if num_examples < sizes[-1]:
+    if not sizes[-1] <= num_examples < math.inf:
         raise ValueError(
-            f"`num_examples` must be the largest batch size, {sizes[-1]}, or more, got {num_examples}; a branch should "
-            "take many steps of it."
+            f"`num_examples` must be the largest batch size, {sizes[-1]}, or more, got {num_examples}; a branch "
+            "should take many steps of it, and come to an end."
         )
     if (target_loss is not None) != (method == "target_loss"):
         raise ValueError(
             f"`target_loss` goes with `method='target_loss'` and is needed there, got {target_loss!r} with {method!r}."
+        )
+    if not math.isfinite(target_loss or 0.0):
+        raise ValueError(
+            f"`target_loss` must be a number, got {target_loss!r}; take one that the model is known to reach."
         )
     if not 0 < tolerance < math.inf:
         raise ValueError(f"`tolerance` must be a positive number, got {tolerance!r}; 0.01 is usual for nats.")
@@ -56,14 +65,24 @@ def check_numbers(
         )
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, got {confidence!r}; 0.95 is usual.")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError for seeds that are none, or not all different."""
     if not seeds:
         raise ValueError("`seeds` must hold one number or more, got none; (0,) trains each batch size once.")
+    if any(not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"`seeds` must be whole numbers from 0 to 2**32 - 1, got {list(seeds)}.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must differ, got {list(seeds)}: the same run twice tells nothing new.")
 
 
 def check_modes(monitor: str | None, max_micro_batch: int | None, data: Any) -> None:
     """Raise ValueError for what does not go with the data or the model."""
     if monitor == "":
         raise ValueError("`monitor` must be the name of a logged metric, or None for the training loss, got ''.")
+    if max_micro_batch is not None and not max_micro_batch > 0:
+        raise ValueError(f"`max_micro_batch` must be a positive number, or None for no limit, got {max_micro_batch!r}.")
     if max_micro_batch is not None and not callable(data):
         raise ValueError(
             "`max_micro_batch` is for `data` that is a function from a micro-batch size, got "

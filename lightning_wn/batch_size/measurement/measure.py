@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -13,11 +14,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_wn.batch_size.accumulation_rule import learning_rate_factor
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
 from lightning_wn.batch_size.measurement.branch_files import BranchFiles
-from lightning_wn.batch_size.measurement.checks import PowerRule, check_modes, check_numbers, window_shape
+from lightning_wn.batch_size.measurement.checks import (
+    PowerRule,
+    check_modes,
+    check_numbers,
+    check_seeds,
+    whole_number,
+    window_shape,
+)
 from lightning_wn.batch_size.measurement.conclusion import conclude, cost
 from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, Method
 from lightning_wn.batch_size.measurement.progress import MeasurementProgress
-from lightning_wn.batch_size.measurement.training import BranchTrainer, own_random_state, quiet
+from lightning_wn.batch_size.measurement.training import (
+    BranchTrainer,
+    own_random_state,
+    quiet,
+    without_beside_the_point,
+)
 from lightning_wn.batch_size.measurement.tuning import tune
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 
@@ -25,10 +38,11 @@ _WORTHWHILE = 1.5
 """A learning rate is given up after 1.5 times the steps of the best; smoothing looks ahead by a fifth of them."""
 
 
+@without_beside_the_point()
 def measure_critical_batch_size(
     model: LightningModule | Callable[[], LightningModule],
     data: Any,
-    batch_sizes: Sequence[int],
+    batch_sizes: Iterable[int],
     *,
     num_examples: int,
     directory: str | os.PathLike[str],
@@ -139,10 +153,11 @@ def measure_critical_batch_size(
         >>> measurement.lower <= measurement.critical_batch_size <= measurement.upper
         True
     """
-    sizes, seeds = sorted(set(batch_sizes)), tuple(seeds)
+    sizes, seeds = sorted({whole_number(size) for size in batch_sizes}), tuple(map(whole_number, seeds))
+    num_examples, base_batch_size = whole_number(num_examples), whole_number(base_batch_size)
+    target_loss = None if target_loss is None else float(target_loss)
     check_numbers(
         sizes=sizes,
-        seeds=seeds,
         method=method,
         num_examples=num_examples,
         target_loss=target_loss,
@@ -152,6 +167,7 @@ def measure_critical_batch_size(
         tune_learning_rate=tune_learning_rate,
         confidence=confidence,
     )
+    check_seeds(seeds)
     check_modes(monitor, max_micro_batch, data)
     base = sizes[0] if base_batch_size is None else base_batch_size
     trainer = BranchTrainer(
@@ -161,7 +177,7 @@ def measure_critical_batch_size(
         num_examples=num_examples,
         target_loss=target_loss,
         monitor=monitor,
-        ckpt_path=None if ckpt_path is None else str(ckpt_path),
+        ckpt_path=None if ckpt_path is None else str(Path(ckpt_path).expanduser()),
         weights_only=weights_only,
         rate=lambda size: learning_rate_factor(learning_rate, base, size, math.nan),
         base_batch_size=base,
@@ -174,10 +190,12 @@ def measure_critical_batch_size(
     with own_random_state(), quiet():
         micro_batch, ranks = trainer.find_micro_batch()
     shapes = {size: window_shape(size, micro_batch, ranks, max_micro_batch) for size in sizes}
+    trainer.check_start(accumulate for _, accumulate in shapes.values())
 
     def trained(plan: BranchPlan, most_steps: float, progress: MeasurementProgress) -> Branch:
         found = files.load(plan)
-        if found is None:
+        # one that was given up early may have to go farther now: with other seeds, or without tuning
+        if found is None or (found.given_up is not None and found.given_up < most_steps):
             micro, accumulate = shapes[plan.batch_size]
             on_progress = progress.branch(plan.name)
             found = trainer.run(

@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +18,30 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan, BranchWatch, monitored_value
+from lightning_wn.batch_size.measurement.callback_checks import check_callbacks
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 
 _OURS = (
     "max_epochs", "max_time", "min_steps", "min_epochs", "accumulate_grad_batches", "fast_dev_run",
     "logger", "enable_checkpointing", "enable_progress_bar", "barebones",
 )  # fmt: skip
+_TELLING = (
+    "precision", "plugins", "gradient_clip_val", "gradient_clip_algorithm", "max_steps", "limit_train_batches",
+    "overfit_batches", "sync_batchnorm",
+)  # fmt: skip
+"""Arguments of the Trainer that change what a branch comes to; those on devices and logging do not."""
 _NEVER = 10**9
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """Where a function lies in memory, which is elsewhere in the next process."""
@@ -77,6 +89,7 @@ class BranchTrainer:
                 f"`trainer_kwargs` must leave out {wrong}, which are set for each branch; the length of a branch is "
                 "`num_examples`."
             )
+        check_callbacks(self._callbacks, "`trainer_kwargs['callbacks']`")
         if self.ckpt_path is not None and not Path(self.ckpt_path).is_file():
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint file, got {self.ckpt_path!r}; checkpoints that are folders, as of "
@@ -90,10 +103,12 @@ class BranchTrainer:
             ValueError: If it is none, or optimizes by hand.
         """
         made: object = self.model
+        made = made._orig_mod if isinstance(made, OptimizedModule) else made
         if isinstance(made, LightningModule):
-            made = copy_without_trainer(made)
+            made = _own(made, "model")
         elif callable(made) and not isinstance(made, torch.nn.Module):
             made = made()
+            made = from_compiled(made) if isinstance(made, OptimizedModule) else made
         if not isinstance(made, LightningModule):
             raise ValueError(
                 f"`model` must be a `lightning.pytorch.LightningModule` or a function that returns one, got "
@@ -121,12 +136,15 @@ class BranchTrainer:
             )
         if callable(self.data):
             return None, trainer.world_size
-        data = copy_without_trainer(self.data)
+        data = _own(self.data, "data")
         if isinstance(data, LightningDataModule):
+            data.trainer = trainer  # as in a fit
             data.prepare_data()
             data.setup("fit")
             data = data.train_dataloader()
-        batch = next(iter(data))
+        # several loaders in a list or dictionary are combined as in a fit
+        loader = data if isinstance(data, CombinedLoader) else CombinedLoader(data, "max_size_cycle")
+        batch, _, _ = next(iter(loader))
         return int(count_examples(batch, self.batch_size_fn).total), trainer.world_size
 
     def run(
@@ -152,6 +170,7 @@ class BranchTrainer:
             scheduler_ratio=plan.batch_size / self.base_batch_size,
             num_examples=self.num_examples,
             batch_size=plan.batch_size,
+            micro_batch=micro_batch if callable(self.data) and self.batch_size_fn is None else None,
             target_loss=self.target_loss,
             most_steps=most_steps,
             monitor=self.monitor,
@@ -161,10 +180,8 @@ class BranchTrainer:
         with quiet(), own_random_state():
             seed_everything(plan.seed, workers=True, verbose=False)
             model = self.fresh_model(plan.seed)
-            data = self.data(micro_batch) if callable(self.data) else copy_without_trainer(self.data)
+            data = self.data(micro_batch) if callable(self.data) else _own(self.data, "data")
             settings = {"max_steps": self._planned_steps(plan), "accumulate_grad_batches": accumulate}
-            if self.ckpt_path is not None:
-                self._check_start(accumulate)
             trainer = self._trainer(settings, watch)
             is_module = isinstance(data, LightningDataModule)
             loaders: dict[str, Any] = {"datamodule" if is_module else "train_dataloaders": data}
@@ -183,6 +200,7 @@ class BranchTrainer:
             smoothing=watch.smoothing,
             diverged=watch.diverged,
             noise_scales=tuple(watch.noise_scales),
+            given_up=watch.given_up,
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -193,7 +211,7 @@ class BranchTrainer:
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
+            if isinstance(tensor, Tensor) and not tensor.is_meta and not is_lazy(tensor):
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return {
             "model": type(model).__name__,
@@ -203,12 +221,14 @@ class BranchTrainer:
             "target_loss": self.target_loss,
             "monitor": self.monitor,
             "ckpt_path": None if self.ckpt_path is None else _file_digest(Path(self.ckpt_path)),
+        } | {
+            f"trainer_kwargs[{name!r}]": _ADDRESS.sub("", str(self.trainer_kwargs[name]))
+            for name in _TELLING
+            if self.trainer_kwargs.get(name) is not None
         }
 
     def _trainer(self, arguments: dict[str, Any], *watches: pl.Callback) -> Trainer:
-        given = {name: _copied(value) for name, value in self.trainer_kwargs.items()}
-        callbacks = given.pop("callbacks", None) or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        given = {name: _copied(value) for name, value in self.trainer_kwargs.items() if name != "callbacks"}
         settings: dict[str, Any] = {"default_root_dir": self.directory, "enable_model_summary": False}
         if self.monitor is None:
             settings["limit_val_batches"] = 0
@@ -220,13 +240,18 @@ class BranchTrainer:
             | arguments
             | {
                 "max_epochs": -1,
-                "callbacks": [*callbacks, *watches],  # the watch comes last, to see what the others did
-                "logger": False,
+                "callbacks": [*_copied(self._callbacks), *watches],  # the watch comes last, to see what the others did
+                "logger": DummyLogger(),  # takes what models hand to `self.logger.experiment`, and drops it
                 "enable_checkpointing": False,
                 "enable_progress_bar": False,
                 "num_sanity_val_steps": 0,
             }
         )
+
+    @property
+    def _callbacks(self) -> list[pl.Callback]:
+        given = self.trainer_kwargs.get("callbacks") or []
+        return [given] if isinstance(given, pl.Callback) else list(given)
 
     def _planned_steps(self, plan: BranchPlan) -> int:
         """Return what a model that asks for ``trainer.estimated_stepping_batches`` is told: steps at the base size.
@@ -237,33 +262,71 @@ class BranchTrainer:
             return int(self.trainer_kwargs.get("max_steps", -1))
         return math.ceil(self.num_examples / min(self.base_batch_size, plan.batch_size))
 
-    def _check_start(self, accumulate: int) -> None:
-        """Raise ValueError where no window can begin behind the checkpoint."""
+    def check_start(self, accumulate: Iterable[int]) -> None:
+        """Raise ValueError where training cannot go on behind the checkpoint.
+
+        Args:
+            accumulate: Micro-batches in the windows of the branches.
+        """
+        if self.ckpt_path is None:
+            return
         # the file is mapped: only what is looked at is read
-        checkpoint = torch.load(
-            str(self.ckpt_path), map_location="cpu", mmap=True, weights_only=bool(self.weights_only)
-        )
+        checkpoint = torch.load(self.ckpt_path, map_location="cpu", mmap=True, weights_only=self.weights_only)
+        if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states"} <= checkpoint.keys():
+            raise ValueError(
+                f"`ckpt_path` {self.ckpt_path!r} holds no state of a Trainer and its optimizer to go on from; save it "
+                "without `save_weights_only=True`, or load the weights into `model` and leave `ckpt_path` out."
+            )
+        most = int(self.trainer_kwargs.get("max_steps", -1))
+        if 0 <= most <= checkpoint["global_step"]:
+            raise ValueError(
+                f"`trainer_kwargs['max_steps']` must be beyond the {checkpoint['global_step']} steps of `ckpt_path`, "
+                f"got {most}; it is the length of the run that you mean, from its beginning."
+            )
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         batches = 0 if progress["is_last_batch"] else progress["current"]["ready"]
-        if batches % accumulate:
-            raise ValueError(
-                f"`ckpt_path` {self.ckpt_path!r} was saved after {batches} batches of an epoch, where no window of "
-                f"{accumulate} micro-batches begins; pass a checkpoint from the end of an epoch, or make `data` a "
-                "function from the micro-batch size to a DataLoader, which needs no accumulation."
-            )
+        for window in accumulate:
+            if batches % window:
+                raise ValueError(
+                    f"`ckpt_path` {self.ckpt_path!r} was saved after {batches} batches of an epoch, where no window of "
+                    f"{window} micro-batches begins; pass a checkpoint from the end of an epoch, or make `data` a "
+                    "function from the micro-batch size to a DataLoader, which needs no accumulation."
+                )
 
 
 def copy_without_trainer(value: Any) -> Any:
     """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
     memo: dict[int, Any] = {}
     # a LightningModule leaves its Trainer out by itself
+    compiled = isinstance(value, LightningModule) and value._compiler_ctx is not None
+    if compiled:
+        memo[id(value._compiler_ctx)] = None
     if isinstance(value, LightningDataModule) and value.trainer is not None:
         memo[id(value.trainer)] = None
     if isinstance(value, DataLoader):
         memo[id(value.dataset)] = value.dataset
         if value._iterator is not None:  # workers that persist
             memo[id(value._iterator)] = None
-    return copy.deepcopy(value, memo)
+    copied = copy.deepcopy(value, memo)
+    if compiled:  # what was compiled belongs to the original
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(copied).pop(name, None)
+    return copied
+
+
+def _own(value: Any, argument: str) -> Any:
+    """Copy the model or the data for a branch.
+
+    Raises:
+        ValueError: If it cannot be copied, such as a generator, or a model that keeps the loss of a step.
+    """
+    try:
+        return copy_without_trainer(value)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"`{argument}` cannot be copied for each branch, got {type(value).__name__}: {error}. Pass a function that "
+            "makes it."
+        ) from error
 
 
 def _copied(value: Any) -> Any:
@@ -313,3 +376,16 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def without_beside_the_point() -> Iterator[None]:
+    """Leave out warnings on what is meant to be so in a branch; the others are shown once for all branches."""
+    with warnings.catch_warnings():
+        for beginning in (
+            "You defined a `validation_step` but have no `val_dataloader`",
+            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+            "The number of training batches .* is smaller than the logging interval",
+        ):
+            warnings.filterwarnings("ignore", beginning)
+        yield

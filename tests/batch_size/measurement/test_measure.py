@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -15,11 +16,18 @@ import pytest
 import torch
 from adaptive_runs import OPTIMIZERS, SCHEDULERS, Model, batches_in_order
 from frozen_digits import QUIET, DigitsMLP, digits
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_wn import GradientNoiseScaleCallback, measure_critical_batch_size
+from lightning_wn import AdaptiveBatchSizeCallback, GradientNoiseScaleCallback, measure_critical_batch_size
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
 from lightning_wn.batch_size.measurement.conclusion import conclude
 from lightning_wn.batch_size.measurement.loss_curve import LossCurve
@@ -46,7 +54,8 @@ def _count_anew():
 
 def measure(directory, model=None, data=None, sizes=(16, 32, 64), **arguments):
     arguments = DOUBLE | {"num_examples": 320, "directory": directory} | arguments
-    return measure_critical_batch_size(model or Model(), data or batches_in_order(160), sizes, **arguments)
+    model = Model() if model is None else model  # a compiled one has no truth value
+    return measure_critical_batch_size(model, data or batches_in_order(160), sizes, **arguments)
 
 
 def curves(directory):
@@ -187,6 +196,28 @@ class TestFromACheckpoint:
         data = digits(160, torch.float64)
         measure(tmp_path / "made", data=lambda size: DataLoader(data, size), ckpt_path=tmp_path / "step=3.ckpt")
 
+    def test_holds_weights_alone(self, tmp_path):
+        trainer = L.Trainer(max_epochs=1, precision="64-true", **QUIET)
+        trainer.fit(Model(), batches_in_order(160))
+        trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+        torch.save(Model().state_dict(), tmp_path / "state.pt")
+        for name in ("weights.ckpt", "state.pt"):
+            with pytest.raises(ValueError, match="holds no state of a Trainer and its optimizer"):
+                measure(tmp_path, ckpt_path=tmp_path / name)
+
+    def test_run_is_meant_to_end_before(self, tmp_path, checkpoint):
+        settings = DOUBLE["trainer_kwargs"] | {"max_steps": 10}
+        with pytest.raises(ValueError, match=r"`trainer_kwargs.'max_steps'.` must be beyond the 10 steps"):
+            measure(tmp_path, Model("adam", "lambda"), ckpt_path=checkpoint, trainer_kwargs=settings)
+
+    def test_window_is_checked_before_training(self, tmp_path):
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        settings = QUIET | {"enable_checkpointing": True, "precision": "64-true", "max_steps": 3}
+        L.Trainer(callbacks=[saves], **settings).fit(Model(), batches_in_order(160))
+        with pytest.raises(ValueError, match="where no window of 2 micro-batches begins"):
+            measure(tmp_path / "branches", Watched(), ckpt_path=tmp_path / "step=3.ckpt")
+        assert Watched.training_steps == 0
+
     def test_missing_file(self, tmp_path):
         with pytest.raises(ValueError, match="`ckpt_path` must be a checkpoint file"):
             measure(tmp_path, ckpt_path=tmp_path / "none.ckpt")
@@ -260,6 +291,32 @@ class TestCopies:
         loader = DataLoader(digits(160, torch.float64), 16, num_workers=1, persistent_workers=True)
         next(iter(loader))
         assert copy_without_trainer(loader)._iterator is None
+
+    def test_what_was_compiled_belongs_to_the_original(self, tmp_path):
+        plain, model = Model(), Model()
+        compiled = torch.compile(model, backend="eager")
+        measure(tmp_path / "plain", plain)
+        measure(tmp_path / "wrapped", compiled)
+        state = copy.deepcopy(model.state_dict())
+        L.Trainer(max_epochs=1, precision="64-true", **QUIET).fit(compiled, batches_in_order(160))
+        model.load_state_dict(state)
+        measure(tmp_path / "fitted", model)  # its `training_step` is now a compiled one
+        expected = curves(tmp_path / "plain")
+        assert curves(tmp_path / "wrapped") == curves(tmp_path / "fitted") == expected
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+    def test_what_cannot_be_copied(self, tmp_path):
+        class Keeps(Model):
+            def training_step(self, batch, batch_idx):
+                self.last = super().training_step(batch, batch_idx)
+                return self.last
+
+        model = Keeps()
+        L.Trainer(max_epochs=1, precision="64-true", **QUIET).fit(model, batches_in_order(160))
+        with pytest.raises(ValueError, match=r"`model` cannot be copied for each branch, got Keeps.*Pass a function"):
+            measure(tmp_path, model)
+        with pytest.raises(ValueError, match="`data` cannot be copied for each branch, got generator"):
+            measure(tmp_path, data=(batch for batch in batches_in_order(160)))
 
     def test_no_trainer(self):
         class Data(L.LightningDataModule):
@@ -380,6 +437,53 @@ class TestNeverTwice:
             model.net[0].bias += 1e-7
         with pytest.raises(ValueError, match="`weights` was"):
             measure(tmp_path, model)
+
+    def test_arguments_of_the_trainer_that_tell(self, tmp_path):
+        settings = DOUBLE["trainer_kwargs"]
+        measure(tmp_path)
+        measure(tmp_path, trainer_kwargs=settings | {"log_every_n_steps": 5})
+        with pytest.raises(
+            ValueError, match=r"`trainer_kwargs\['gradient_clip_val'\]` was None there and is '0.1' now"
+        ):
+            measure(tmp_path, trainer_kwargs=settings | {"gradient_clip_val": 0.1})
+
+    def test_a_smaller_batch_size_says_what_to_do(self, tmp_path):
+        measure(tmp_path)
+        with pytest.raises(ValueError, match=r"is 8 now .it is the smallest batch size unless you give it"):
+            measure(tmp_path, data=batches_in_order(160, 8), sizes=(8, 16, 32))
+        data = digits(320, torch.float64)
+        measure(tmp_path, data=lambda size: DataLoader(data, size), sizes=(8, 16, 32), base_batch_size=16)
+
+    @pytest.mark.parametrize("name", ["settings.json", "branches/batch_32_rate_1_seed_0.json"])
+    @pytest.mark.parametrize("text", ['{"plan', "[]"])
+    def test_a_damaged_file_is_named(self, tmp_path, name, text):
+        first = measure(tmp_path)
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"`directory` holds a damaged file, '.*{name}'; remove it"):
+            measure(tmp_path)
+        (tmp_path / name).unlink()
+        assert measure(tmp_path) == first
+
+    def test_a_directory_that_cannot_be_written_to(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match="`directory` must be a folder that can be written to"):
+            measure(tmp_path / "file", Watched())
+        assert Watched.training_steps == 0
+        monkeypatch.setenv("HOME", str(tmp_path))
+        measure("~/here")
+        assert (tmp_path / "here" / "results.csv").exists()
+
+    def test_given_up_by_tuning_and_then_needed(self, tmp_path):
+        """What is worse than another learning rate is cut short; without tuning it is trained to the target."""
+        arguments = {"num_examples": 16000, "learning_rate": "none", "method": "target_loss", "target_loss": 9.0}
+        measure(tmp_path, Falls(), noise, (8, 16, 32), tune_learning_rate=2.0, **arguments)
+        cut = [branch for branch in curves(tmp_path).values() if branch.given_up]
+        assert cut
+        assert all(math.isinf(branch.steps_to(9.0)) for branch in cut)
+        path = tmp_path / "branches" / "batch_32_rate_1_seed_0.json"
+        path.write_text(json.dumps(replace(cut[0], plan=BranchPlan(batch_size=32)).to_dict()))
+        found = measure(tmp_path, Falls(), noise, (8, 16, 32), **arguments)
+        assert [row.steps for row in found.batch_sizes] == pytest.approx([100] * 3, rel=0.01)
 
 
 class Falls(L.LightningModule):
@@ -580,6 +684,12 @@ class TestNoiseScale:
         assert 80 < found.batch_sizes[0].steps < 82
         assert found.batch_sizes[0].noise_scale == pytest.approx(10.0)
 
+    def test_branches_shorter_than_the_interval_of_logging(self, tmp_path):
+        callback = GradientNoiseScaleCallback(every_n_steps=1)
+        settings = DOUBLE["trainer_kwargs"] | {"callbacks": (callback,), "log_every_n_steps": 50}
+        found = measure(tmp_path, trainer_kwargs=settings)
+        assert all(row.noise_scale > 0 for row in found.batch_sizes)
+
     def test_the_users_callback_is_not_touched(self, tmp_path):
         callback = GradientNoiseScaleCallback(every_n_steps=1)
         settings = DOUBLE["trainer_kwargs"] | {"callbacks": [callback]}
@@ -637,6 +747,12 @@ class TestBadInput:
             ({"seeds": ()}, "`seeds` must hold one number or more"),
             ({"monitor": ""}, "`monitor` must be the name"),
             ({"max_micro_batch": 8}, "`max_micro_batch` is for `data` that is a function"),
+            ({"max_micro_batch": 0}, "`max_micro_batch` must be a positive number"),
+            ({"seeds": (0, 0)}, "`seeds` must differ"),
+            ({"seeds": (-1,)}, "`seeds` must be whole numbers from 0"),
+            ({"seeds": (0.5,)}, "`seeds` must be whole numbers from 0"),
+            ({"num_examples": math.inf}, "`num_examples` must be the largest batch size, 64, or more, got inf"),
+            ({"method": "target_loss", "target_loss": math.nan}, "`target_loss` must be a number, got nan"),
             ({"base_batch_size": 0}, "`base_batch_size` must be a positive number"),
             ({"trainer_kwargs": {"max_epochs": 3}}, r"`trainer_kwargs` must leave out \['max_epochs'\]"),
             ({"trainer_kwargs": {"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"}}, "spawned or forked"),
@@ -652,6 +768,48 @@ class TestBadInput:
         with pytest.raises(ValueError, match=match):
             measure(tmp_path, **{"model": Watched()} | arguments)
         assert Watched.training_steps == 0
+
+    @pytest.mark.parametrize(
+        "callback",
+        [
+            ModelCheckpoint(),
+            TQDMProgressBar(),
+            EarlyStopping("loss"),
+            LearningRateFinder(),
+            GradientAccumulationScheduler({0: 2}),
+            AdaptiveBatchSizeCallback(schedule={0: 2}, learning_rate="sqrt"),
+        ],
+        ids=lambda callback: type(callback).__name__,
+    )
+    def test_callbacks_out_of_place(self, tmp_path, callback):
+        class Brings(Watched):
+            def configure_callbacks(self):
+                return [callback]
+
+        name = type(callback).__name__
+        settings = DOUBLE["trainer_kwargs"] | {"callbacks": [callback]}
+        with pytest.raises(ValueError, match=rf"`trainer_kwargs.'callbacks'.` must leave out {name}"):
+            measure(tmp_path, Watched(), trainer_kwargs=settings)
+        with pytest.raises(ValueError, match=f"`configure_callbacks` of Brings must leave out {name}"):
+            measure(tmp_path, Brings())
+        assert Watched.training_steps == 0
+
+    def test_data_that_does_not_do_as_it_is_told(self, tmp_path):
+        """The learning rate would be that of another batch size than is trained with."""
+        with pytest.raises(ValueError, match="`data` was called with 16, and its first batch holds 32 examples"):
+            measure(tmp_path / "larger", data=lambda size: batches_in_order(160, 32))
+        with pytest.raises(ValueError, match="`data` was called with 32, and its first batch holds 16 examples"):
+            measure(tmp_path / "smaller", data=lambda size: batches_in_order(160))
+        measure(tmp_path / "few", data=lambda size: batches_in_order(48, size), num_examples=64)
+
+    def test_a_scheduler_that_leaves_steps_out(self, tmp_path):
+        class Seldom(Model):
+            def configure_optimizers(self):
+                optimizers, (config,) = super().configure_optimizers()
+                return optimizers, [config | {"frequency": 2}]
+
+        with pytest.raises(ValueError, match="must have `frequency` 1 in `configure_optimizers`, got 2"):
+            measure(tmp_path, Seldom("momentum", "exponential"))
 
     def test_a_batch_larger_than_the_data(self, tmp_path):
         data = digits(160, torch.float64)
@@ -699,3 +857,64 @@ class TestBadInput:
         model.automatic_optimization = False
         with pytest.raises(ValueError, match="must leave the optimization to the Trainer"):
             measure(tmp_path, model)
+
+
+class TestTakesWhatTrainersTake:
+    def test_numbers_of_numpy(self, tmp_path):
+        plain = measure(tmp_path / "plain", seeds=(0, 1), base_batch_size=16)
+        found = measure(tmp_path / "numpy", sizes=np.array([16, 32, 64]), seeds=np.arange(2),
+                        num_examples=np.int64(320), base_batch_size=np.int64(16))  # fmt: skip
+        assert found == plain
+
+    def test_several_loaders(self, tmp_path):
+        class Both(Model):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+        class Data(L.LightningDataModule):
+            def setup(self, stage):
+                self.ranks = self.trainer.world_size
+
+            def train_dataloader(self):
+                return {name: batches_in_order(160) for name in "ab"[self.ranks - 1 :]} | {"a": batches_in_order(160)}
+
+        loaders = {name: batches_in_order(160) for name in "ab"}
+        batch_size_fn = {"batch_size_fn": lambda batch: len(batch["a"][0])}
+        given = measure(tmp_path / "given", Both(), loaders, **batch_size_fn)
+        assert measure(tmp_path / "module", Both(), Data(), **batch_size_fn) == given
+        assert [row.steps for row in given.batch_sizes] == [20, 10, 6]
+
+    def test_models_that_use_their_logger(self, tmp_path):
+        class Draws(Model):
+            def training_step(self, batch, batch_idx):
+                self.logger.experiment.add_scalar("step", self.global_step)
+                return super().training_step(batch, batch_idx)
+
+        settings = DOUBLE["trainer_kwargs"] | {"callbacks": LearningRateMonitor()}
+        assert measure(tmp_path / "a", Draws(), trainer_kwargs=settings) == measure(tmp_path / "b")
+        assert {path.name for path in (tmp_path / "a").iterdir()} == {"branches", "settings.json", "results.csv"}
+
+    def test_lazy_layers(self, tmp_path):
+        class Lazy(Model):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.LazyLinear(10, dtype=torch.float64)
+
+            def setup(self, stage):
+                self.net(torch.zeros(1, 64, dtype=torch.float64))
+
+        assert math.isfinite(measure(tmp_path, Lazy()).batch_sizes[0].loss)
+
+    def test_no_warnings_of_what_is_meant(self, tmp_path, recwarn):
+        trainer = L.Trainer(max_epochs=1, precision="64-true", callbacks=[EarlyStopping("loss", strict=False)], **QUIET)
+        trainer.fit(Model(), batches_in_order(160))
+        trainer.save_checkpoint(tmp_path / "epoch.ckpt")
+
+        class Validates(Model):
+            def validation_step(self, batch, batch_idx):
+                pass
+
+        recwarn.clear()
+        measure(tmp_path / "branches", Validates(), ckpt_path=tmp_path / "epoch.ckpt")
+        texts = [str(warning.message) for warning in recwarn]
+        assert not [text for text in texts if "val_dataloader" in text or "ckpt_path" in text or "interval" in text]
