@@ -23,14 +23,10 @@ from lightning_wn.batch_size.measurement.checks import (
     window_shape,
 )
 from lightning_wn.batch_size.measurement.conclusion import conclude, cost
+from lightning_wn.batch_size.measurement.isolation import own_random_state, quiet, without_beside_the_point
 from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, Method
 from lightning_wn.batch_size.measurement.progress import MeasurementProgress
-from lightning_wn.batch_size.measurement.training import (
-    BranchTrainer,
-    own_random_state,
-    quiet,
-    without_beside_the_point,
-)
+from lightning_wn.batch_size.measurement.training import BranchTrainer
 from lightning_wn.batch_size.measurement.tuning import tune
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 

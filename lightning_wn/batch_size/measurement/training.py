@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import logging
 import math
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +18,19 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader
 
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan, BranchWatch, monitored_value
 from lightning_wn.batch_size.measurement.callback_checks import check_callbacks
+from lightning_wn.batch_size.measurement.isolation import (
+    copy_each,
+    copy_without_trainer,
+    own_copy,
+    own_random_state,
+    quiet,
+)
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 
 _OURS = (
@@ -105,7 +105,7 @@ class BranchTrainer:
         made: object = self.model
         made = made._orig_mod if isinstance(made, OptimizedModule) else made
         if isinstance(made, LightningModule):
-            made = _own(made, "model")
+            made = own_copy(made, "model")
         elif callable(made) and not isinstance(made, torch.nn.Module):
             made = made()
             made = from_compiled(made) if isinstance(made, OptimizedModule) else made
@@ -136,7 +136,7 @@ class BranchTrainer:
             )
         if callable(self.data):
             return None, trainer.world_size
-        data = _own(self.data, "data")
+        data = own_copy(self.data, "data")
         if isinstance(data, LightningDataModule):
             data.trainer = trainer  # as in a fit
             data.prepare_data()
@@ -180,7 +180,7 @@ class BranchTrainer:
         with quiet(), own_random_state():
             seed_everything(plan.seed, workers=True, verbose=False)
             model = self.fresh_model(plan.seed)
-            data = self.data(micro_batch) if callable(self.data) else _own(self.data, "data")
+            data = self.data(micro_batch) if callable(self.data) else own_copy(self.data, "data")
             settings = {"max_steps": self._planned_steps(plan), "accumulate_grad_batches": accumulate}
             trainer = self._trainer(settings, watch)
             is_module = isinstance(data, LightningDataModule)
@@ -228,7 +228,7 @@ class BranchTrainer:
         }
 
     def _trainer(self, arguments: dict[str, Any], *watches: pl.Callback) -> Trainer:
-        given = {name: _copied(value) for name, value in self.trainer_kwargs.items() if name != "callbacks"}
+        given = {name: copy_each(value) for name, value in self.trainer_kwargs.items() if name != "callbacks"}
         settings: dict[str, Any] = {"default_root_dir": self.directory, "enable_model_summary": False}
         if self.monitor is None:
             settings["limit_val_batches"] = 0
@@ -240,7 +240,10 @@ class BranchTrainer:
             | arguments
             | {
                 "max_epochs": -1,
-                "callbacks": [*_copied(self._callbacks), *watches],  # the watch comes last, to see what the others did
+                "callbacks": [
+                    *copy_each(self._callbacks),
+                    *watches,
+                ],  # the watch comes last, to see what the others did
                 "logger": DummyLogger(),  # takes what models hand to `self.logger.experiment`, and drops it
                 "enable_checkpointing": False,
                 "enable_progress_bar": False,
@@ -294,45 +297,6 @@ class BranchTrainer:
                 )
 
 
-def copy_without_trainer(value: Any) -> Any:
-    """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
-    memo: dict[int, Any] = {}
-    # a LightningModule leaves its Trainer out by itself
-    compiled = isinstance(value, LightningModule) and value._compiler_ctx is not None
-    if compiled:
-        memo[id(value._compiler_ctx)] = None
-    if isinstance(value, LightningDataModule) and value.trainer is not None:
-        memo[id(value.trainer)] = None
-    if isinstance(value, DataLoader):
-        memo[id(value.dataset)] = value.dataset
-        if value._iterator is not None:  # workers that persist
-            memo[id(value._iterator)] = None
-    copied = copy.deepcopy(value, memo)
-    if compiled:  # what was compiled belongs to the original
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            vars(copied).pop(name, None)
-    return copied
-
-
-def _own(value: Any, argument: str) -> Any:
-    """Copy the model or the data for a branch.
-
-    Raises:
-        ValueError: If it cannot be copied, such as a generator, or a model that keeps the loss of a step.
-    """
-    try:
-        return copy_without_trainer(value)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"`{argument}` cannot be copied for each branch, got {type(value).__name__}: {error}. Pass a function that "
-            "makes it."
-        ) from error
-
-
-def _copied(value: Any) -> Any:
-    return [copy_without_trainer(x) for x in value] if isinstance(value, list) else copy_without_trainer(value)
-
-
 def _file_digest(path: Path) -> str:
     """Return the beginning, the end and the size of a file as one short text; the whole may be many gigabytes."""
     megabyte = 2**20
@@ -342,50 +306,3 @@ def _file_digest(path: Path) -> str:
         file.seek(max(path.stat().st_size - megabyte, 0))
         digest.update(file.read())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def own_random_state() -> Iterator[None]:
-    """Leave the global random states and seeds as they were, also after an error."""
-    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    before = {name: os.environ.get(name) for name in names}
-    error: BaseException | None = None
-    with isolate_rng():
-        try:
-            yield
-        except BaseException as caught:  # `isolate_rng` restores nothing where an error passes through
-            error = caught
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    if error is not None:
-        raise error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning from telling of each of many Trainers; warnings stay."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_wn")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def without_beside_the_point() -> Iterator[None]:
-    """Leave out warnings on what is meant to be so in a branch; the others are shown once for all branches."""
-    with warnings.catch_warnings():
-        for beginning in (
-            "You defined a `validation_step` but have no `val_dataloader`",
-            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-            "The number of training batches .* is smaller than the logging interval",
-        ):
-            warnings.filterwarnings("ignore", beginning)
-        yield

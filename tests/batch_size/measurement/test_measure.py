@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from lightning_wn import AdaptiveBatchSizeCallback, GradientNoiseScaleCallback, measure_critical_batch_size
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
 from lightning_wn.batch_size.measurement.conclusion import conclude
+from lightning_wn.batch_size.measurement.isolation import copy_without_trainer
 from lightning_wn.batch_size.measurement.loss_curve import LossCurve
-from lightning_wn.batch_size.measurement.training import copy_without_trainer
 
 QUICK = {"progress_bar": False, "trainer_kwargs": {"accelerator": "cpu"}}
 DOUBLE = {"progress_bar": False, "trainer_kwargs": {"accelerator": "cpu", "precision": "64-true"}}

@@ -1,0 +1,102 @@
+"""What keeps branches apart from each other, and from everything around them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+
+def copy_without_trainer(value: Any) -> Any:
+    """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
+    memo: dict[int, Any] = {}
+    # a LightningModule leaves its Trainer out by itself
+    compiled = isinstance(value, LightningModule) and value._compiler_ctx is not None
+    if compiled:
+        memo[id(value._compiler_ctx)] = None
+    if isinstance(value, LightningDataModule) and value.trainer is not None:
+        memo[id(value.trainer)] = None
+    if isinstance(value, DataLoader):
+        memo[id(value.dataset)] = value.dataset
+        if value._iterator is not None:  # workers that persist
+            memo[id(value._iterator)] = None
+    copied = copy.deepcopy(value, memo)
+    if compiled:  # what was compiled belongs to the original
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(copied).pop(name, None)
+    return copied
+
+
+def own_copy(value: Any, argument: str) -> Any:
+    """Copy the model or the data for a branch.
+
+    Raises:
+        ValueError: If it cannot be copied, such as a generator, or a model that keeps the loss of a step.
+    """
+    try:
+        return copy_without_trainer(value)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"`{argument}` cannot be copied for each branch, got {type(value).__name__}: {error}. Pass a function that "
+            "makes it."
+        ) from error
+
+
+def copy_each(value: Any) -> Any:
+    """Copy what a Trainer is given; of a list, each element."""
+    return [copy_without_trainer(x) for x in value] if isinstance(value, list) else copy_without_trainer(value)
+
+
+@contextmanager
+def own_random_state() -> Iterator[None]:
+    """Leave the global random states and seeds as they were, also after an error."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ.get(name) for name in names}
+    error: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as caught:  # `isolate_rng` restores nothing where an error passes through
+            error = caught
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning from telling of each of many Trainers; warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_wn")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def without_beside_the_point() -> Iterator[None]:
+    """Leave out warnings on what is meant to be so in a branch; the others are shown once for all branches."""
+    with warnings.catch_warnings():
+        for beginning in (
+            "You defined a `validation_step` but have no `val_dataloader`",
+            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+            "The number of training batches .* is smaller than the logging interval",
+        ):
+            warnings.filterwarnings("ignore", beginning)
+        yield
