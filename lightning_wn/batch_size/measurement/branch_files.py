@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
 
 
@@ -61,13 +63,15 @@ class BranchFiles:
         except (AttributeError, KeyError, TypeError) as error:
             raise self._damaged(self._branch_file(plan)) from error
 
+    @rank_zero_only
     def keep(self, branch: Branch) -> None:
-        """Write a finished branch; a file is there wholly or not at all."""
+        """Write a finished branch, on the first rank; a file is there wholly or not at all."""
         self._write(self._settings_file, json.dumps(self._settings, indent=1))
         self._write(self._branch_file(branch.plan), json.dumps(branch.to_dict()))
 
+    @rank_zero_only
     def write_table(self, text: str) -> None:
-        """Write ``results.csv``."""
+        """Write ``results.csv``, on the first rank."""
         self._write(self.directory / "results.csv", text)
 
     @property

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_wn.batch_size.accumulation_rule import learning_rate_factor
 from lightning_wn.batch_size.measurement.branch import Branch, BranchPlan
@@ -197,8 +196,7 @@ def measure_critical_batch_size(
             found = trainer.run(
                 plan, micro_batch=micro, accumulate=accumulate, most_steps=most_steps, on_progress=on_progress
             )
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
-                files.keep(found)
+            files.keep(found)
         return found
 
     chosen: dict[int, list[Branch]] = {}
@@ -230,6 +228,5 @@ def measure_critical_batch_size(
         edges=edges,
         tuned=tune_learning_rate is not None,
     )
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
-        files.write_table(measurement.to_csv())
+    files.write_table(measurement.to_csv())
     return measurement
