@@ -40,7 +40,13 @@ def doubts_about(
         reasons.append(
             f"Training has just begun ({run.num_steps} steps): the noise scale usually grows as the loss falls."
         )
-    elif run.learning_rate_rises:
+    elif 0.0 < estimate.num_measurements * (1.0 - run.ema_decay) < 1.0:
+        reasons.append(
+            f"The average still holds the beginning of training ({estimate.num_measurements} measurements at "
+            f"ema_decay={run.ema_decay:g}), where |G|² is usually larger, and then reads too low; a shorter "
+            "`half_life_steps` forgets sooner."
+        )
+    if run.learning_rate_rises and not _is_warming_up(run):
         reasons.append(
             "The learning rate is still rising, and the noise scale goes with it: ask again after the warm-up."
         )

@@ -234,6 +234,16 @@ class TestDoubts:
         assert not self.doubts(num_steps=100)
         assert "just begun (400 steps)" in self.doubts(num_steps=400, planned_steps=10_000)
 
+    def test_an_average_that_reaches_back_to_the_beginning(self):
+        """Fewer measurements than the average remembers: 1 / (1 - decay)."""
+        begun = "still holds the beginning of training (80 measurements at ema_decay=0.99)"
+        estimate = replace(make_estimate(128.0), num_measurements=80)
+        assert begun in self.doubts(estimate, num_steps=800, ema_decay=0.99)
+        assert begun not in self.doubts(estimate, num_steps=800, ema_decay=0.98)
+        assert begun not in self.doubts(estimate, num_steps=800, ema_decay=1.0)  # a plain mean is meant to
+        assert begun not in self.doubts(estimate, num_steps=80, ema_decay=0.99)  # which is said already
+        assert "beginning" not in self.doubts(replace(estimate, num_measurements=0), num_steps=800, ema_decay=0.99)
+
     def test_a_learning_rate_that_rises(self):
         assert "learning rate is still rising" in self.doubts(num_steps=5000, learning_rate_rises=True)
 
