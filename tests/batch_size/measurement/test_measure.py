@@ -640,6 +640,29 @@ class TestTargetLoss:
         assert found.critical_batch_size == pytest.approx(40, rel=0.02)
         assert any("short batches or windows at batch size 64" in note for note in found.notes)
 
+    def test_tuning_finds_a_rate_that_is_a_fifth_faster(self, tmp_path):
+        """A learning rate is given up when it is slower than the best so far, and not before."""
+        falls = {0.5: 0.006, 1.0: 0.010, 2.0: 0.0125, 4.0: 0.008}
+
+        class Humped(torch.optim.SGD):
+            def step(self, closure=None):
+                loss = super().step(closure)
+                rate = self.param_groups[0]["lr"]
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0] += rate - falls[round(rate / 0.01, 6)]
+                return loss
+
+        class Tuned(Falls):
+            def configure_optimizers(self):
+                return Humped(self.parameters(), lr=0.01)
+
+        found = measure(tmp_path, Tuned(), noise, (8, 16, 32), num_examples=16000, learning_rate="none",
+                        method="target_loss", target_loss=9.0, tune_learning_rate=2.0)  # fmt: skip
+        assert [row.learning_rate_factor for row in found.batch_sizes] == [2.0, 2.0, 2.0]
+        assert [row.steps for row in found.batch_sizes] == pytest.approx([80] * 3, rel=0.01)
+        # the slower ones were ended early: 4 would take 125 steps
+        assert curves(tmp_path)[8, 4.0].given_up < 125
+
     def test_a_size_that_does_not_get_there(self, tmp_path):
         """At 128 the budget is 40 steps, and 100 are needed."""
         found = measure(tmp_path, Falls(), noise, (8, 16, 32, 128), num_examples=5120, learning_rate="none",
