@@ -195,8 +195,7 @@ class Result:
 
 def conclude(task: Task, directory: Path, measurement: CriticalBatchSizeMeasurement, seeds: Sequence[int]) -> Result:
     """Look along training at the batch size that the prediction is taken from."""
-    rows = [row for row in measurement.batch_sizes if 0 < row.noise_scale < math.inf]
-    row = min(rows, key=lambda row: abs(math.log(row.noise_scale / row.batch_size)))
+    row = next(row for row in measurement.batch_sizes if row.noise_scale == measurement.predicted)
     rate = LEARNING_RATE[task.optimizer] * row.learning_rate_factor
     tuned, quarter = (
         [look_along(task, directory, row.batch_size, rate * factor, round(row.steps), seed) for seed in seeds]
