@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_wn.batch_size.candidates import Candidate
+from lightning_wn.batch_size.text_table import text_table
 from lightning_wn.noise_scale.estimate import format_count
 
 
@@ -41,11 +42,8 @@ def candidate_table(
         columns.append(("cost", [f"{c.cost.value:,.2f}" for c in candidates if c.cost is not None]))
     if by_ranks:
         columns.append(("or on ranks", [_on_ranks(by_ranks.get(c.batch_size)) for c in candidates]))
-    columns.append(("", [_remark(c.batch_size, present, suggested) for c in candidates]))
-    widths = [max(map(len, [name, *cells])) for name, cells in columns]
-    rows = [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) for row in rows]
-    return [f"  {line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True)]
+    remarks = ["", *(_remark(c.batch_size, present, suggested) for c in candidates)]
+    return [f"{line}  {remark}".rstrip() for line, remark in zip(text_table(columns), remarks, strict=True)]
 
 
 def format_hours(hours: float) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_wn.batch_size.measurement.analysis import TradeoffFit
+from lightning_wn.batch_size.text_table import text_table
 from lightning_wn.noise_scale.estimate import format_count
 
 if TYPE_CHECKING:
@@ -143,10 +144,7 @@ class CriticalBatchSizeMeasurement:
             columns.append(("law's steps", [_count(self.fit.steps(row.mean_batch_size)) for row in rows]))
         if not all(math.isnan(row.noise_scale) for row in rows):
             columns.append(("noise scale", [_count(row.noise_scale) for row in rows]))
-        table = [[name, *cells] for name, cells in columns]
-        widths = [max(map(len, column)) for column in table]
-        lines = zip(*table, strict=True)
-        return ["  " + "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+        return text_table(columns)
 
 
 def _count(number: float) -> str:
