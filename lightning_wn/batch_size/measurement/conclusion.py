@@ -16,7 +16,7 @@ from lightning_wn.batch_size.measurement.analysis import (
     mean_noise_scale,
 )
 from lightning_wn.batch_size.measurement.branch import Branch
-from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, MeasuredBatchSize, Method
+from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, MeasuredBatchSize
 
 _LAST_SHARE = 0.25
 """The smoothed loss at the end of a branch is the mean over the last quarter of its examples."""
@@ -28,7 +28,6 @@ _SHORT = 0.95
 def conclude(
     chosen: Mapping[int, Sequence[Branch]],
     *,
-    method: Method,
     target_loss: float | None,
     tolerance: float,
     confidence: float,
@@ -41,8 +40,7 @@ def conclude(
 
     Args:
         chosen: The branches of all seeds, by batch size, the smallest first.
-        method: What they were trained for.
-        target_loss: What was to be reached.
+        target_loss: What was to be reached; None where all branches are of the same length.
         tolerance: How much more loss is allowed.
         confidence: Level of the intervals.
         unit: What is counted.
@@ -50,7 +48,7 @@ def conclude(
         edges: Batch sizes whose best learning rate was the last that was tried.
         tuned: Whether several learning rates were tried.
     """
-    excesses = _excesses(chosen, confidence) if method == "branches" else {}
+    excesses = _excesses(chosen, confidence) if target_loss is None else {}
     rows = [_row(size, branches, target_loss, excesses.get(size), rate(size)) for size, branches in chosen.items()]
     fit: TradeoffFit | None = None
     if target_loss is None:
@@ -61,7 +59,7 @@ def conclude(
         critical = fit.critical_batch_size
         notes = _notes_on_steps(rows)
     return CriticalBatchSizeMeasurement(
-        method=method,
+        method="branches" if target_loss is None else "target_loss",
         critical_batch_size=critical.value,
         lower=critical.lower,
         upper=critical.upper,
@@ -69,7 +67,7 @@ def conclude(
         batch_sizes=tuple(rows),
         predicted=_predicted(rows),
         fit=fit,
-        tolerance=tolerance if method == "branches" else math.nan,
+        tolerance=tolerance if target_loss is None else math.nan,
         target_loss=math.nan if target_loss is None else target_loss,
         unit=unit,
         notes=(*notes, *_notes_on_branches(rows, edges)),

@@ -219,7 +219,6 @@ def measure_critical_batch_size(
             progress.size_done()
     measurement = conclude(
         chosen,
-        method=method,
         target_loss=target_loss,
         tolerance=tolerance,
         confidence=confidence,

@@ -701,7 +701,7 @@ class TestNoiseScale:
             along = ((40, 10.0), (80, 10.0), (90, 1e9))
             branches[size] = [Branch(plan=BranchPlan(batch_size=size), curve=curve, noise_scales=along)]
         found = conclude(
-            branches, method="target_loss", target_loss=1.19, tolerance=0.01, confidence=0.95, unit="examples",
+            branches, target_loss=1.19, tolerance=0.01, confidence=0.95, unit="examples",
             rate=lambda size: 1.0, edges=(), tuned=False,
         )  # fmt: skip
         assert 80 < found.batch_sizes[0].steps < 82
