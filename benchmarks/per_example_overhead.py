@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.probes.per_example.probe import PerExampleProbe
+from lightning_wn.probes.per_example import PerExampleProbe
 
 
 class LinearAttention(nn.Module):

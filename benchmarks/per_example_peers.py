@@ -24,7 +24,7 @@ from peak_memory import peak_bytes
 from per_example_overhead import Block, LinearAttention, clock
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.probes.per_example import PerExampleNorms
+from lightning_wn.per_example import PerExampleNorms
 
 Step = Callable[[], Tensor | None]
 """Forward, measured backward and optimizer step; returns squared norms of the mean loss, shape (B,), if any."""

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.probes.sharded import ShardedProbe
+from lightning_wn.probes.sharded import ShardedProbe
 
 
 class TimedProbe(ShardedProbe):

@@ -34,9 +34,9 @@ from matplotlib import pyplot as plt
 from twelve_tasks import CONTROLS, TASKS, Classifier, Task, images, loader
 
 from lightning_wn import GradientNoiseScaleCallback, measure_critical_batch_size
-from lightning_wn.batch_size.measurement.analysis import fit_tradeoff, mean_noise_scale
-from lightning_wn.batch_size.measurement.branch import Branch
-from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement, MeasuredBatchSize
+from lightning_wn.critical_batch_size.analysis import fit_tradeoff, mean_noise_scale
+from lightning_wn.critical_batch_size.branch import Branch
+from lightning_wn.critical_batch_size.result import CriticalBatchSizeMeasurement, MeasuredBatchSize
 
 # the images lie in memory: worker processes would only cost time
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")

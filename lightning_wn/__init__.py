@@ -1,14 +1,15 @@
 """PyTorch Lightning callbacks: the gradient noise scale while you train, and weight normalization."""
 
-from lightning_wn.batch_size.adaptive import AdaptiveBatchSizeCallback
 from lightning_wn.batch_size.advice import BatchSizeAdvice
-from lightning_wn.batch_size.measurement.measure import measure_critical_batch_size
-from lightning_wn.batch_size.measurement.measurement import CriticalBatchSizeMeasurement
-from lightning_wn.noise_scale.callback import GradientNoiseScaleCallback
+from lightning_wn.callbacks.adaptive_batch_size.callback import AdaptiveBatchSizeCallback
+from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
+from lightning_wn.callbacks.weight_norm.callback import WeightNormCallback
+from lightning_wn.critical_batch_size.measure import measure_critical_batch_size
+from lightning_wn.critical_batch_size.result import CriticalBatchSizeMeasurement
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.measure import measure_noise_scale
 from lightning_wn.noise_scale.metric import GradientNoiseScale
-from lightning_wn.weight_norm import WeightNormCallback, apply_weight_norm, cached_weight_norm, fold_weight_norm
+from lightning_wn.weight_norm import apply_weight_norm, cached_weight_norm, fold_weight_norm
 
 __all__ = [
     "AdaptiveBatchSizeCallback",

@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--accumulate", type=_positive, help="accumulate_grad_batches of the run; logs do not tell")
     report.add_argument("--ranks", type=_positive, default=1, help="data-parallel ranks of the run (default: 1)")
     report.add_argument("--confidence", type=float, default=0.95, help="level of the logged interval (default: 0.95)")
-    report.add_argument("--loss", help="key of the logged training loss, for the forecast")
     given = parser.parse_args(arguments)
     try:
         path = _report(given)
@@ -33,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(given: argparse.Namespace) -> Path:
-    from lightning_wn.batch_size.report import write_report  # noqa: PLC0415 - matplotlib is optional
-    from lightning_wn.noise_scale.plotting import import_pyplot  # noqa: PLC0415 - the same
+    from lightning_wn.noise_scale.drawing import import_pyplot  # noqa: PLC0415 - the same
+    from lightning_wn.reports.page import write_report  # noqa: PLC0415 - matplotlib is optional
 
     # a page needs no display
     import_pyplot().switch_backend("Agg")
@@ -47,7 +46,6 @@ def _report(given: argparse.Namespace) -> Path:
         accumulate_grad_batches=given.accumulate,
         num_ranks=given.ranks,
         confidence=given.confidence,
-        loss=given.loss,
     )
 
 

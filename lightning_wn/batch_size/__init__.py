@@ -1,1 +1,1 @@
-"""From a noise scale to a batch size: the trade-off, advice in words, and figures."""
+"""From a noise scale to a batch size: the trade-off, candidates, and advice in numbers and words."""

@@ -7,20 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_wn.batch_size.candidate_table import candidate_table
-from lightning_wn.batch_size.candidates import Candidate, RunConfiguration, make_candidate, reachable_sizes
-from lightning_wn.batch_size.doubts import doubts_about, more_to_measure
-from lightning_wn.batch_size.observed_run import ObservedRun
-from lightning_wn.batch_size.tradeoff import (
-    Factor,
-    adam_learning_rate_factor,
-    carry_interval,
-    check_target,
-    examples_factor,
-    sgd_learning_rate_factor,
-    steps_factor,
+from lightning_wn.batch_size.candidates import (
+    Candidate,
+    RunConfiguration,
+    candidate_table,
+    make_candidate,
+    reachable_sizes,
 )
-from lightning_wn.noise_scale.estimate import NoiseScaleEstimate, format_count
+from lightning_wn.batch_size.caveats import doubts_about, more_to_measure
+from lightning_wn.batch_size.learning_rate import adam_learning_rate_factor, sgd_learning_rate_factor
+from lightning_wn.batch_size.run import ObservedRun
+from lightning_wn.batch_size.tradeoff import Factor, carry_interval, check_target, examples_factor, steps_factor
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.text import format_count
 
 __all__ = ["BatchSizeAdvice", "RunConfiguration", "advise_batch_size"]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_wn.batch_size.observed_run import ObservedRun
+from lightning_wn.batch_size.run import ObservedRun
 from lightning_wn.batch_size.tradeoff import Factor, carry_interval, efficiency, examples_factor, steps_factor
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.text import format_count, text_table
 
 _MULTIPLES = (0.25, 0.5, 1, 2, 4, 8, 16)
 
@@ -82,7 +83,7 @@ def make_candidate(
         price_per_device_hour: In any currency.
 
     Example:
-        >>> from lightning_wn.batch_size.run_time import RunTime
+        >>> from lightning_wn.callbacks.noise_scale.run_timer import RunTime
         >>> estimate = NoiseScaleEstimate(
         ...     grad_sq_norm=0.05, cov_trace=6.4, noise_scale=128.0, lower=110.0, upper=150.0, batch_size=32.0,
         ...     num_measurements=400, coverage=1.0, unit="examples", probe="micro_batch", confidence=0.95)
@@ -140,3 +141,65 @@ def reachable_sizes(estimate: NoiseScaleEstimate, present: RunConfiguration, oth
     multiples = [m for m in _MULTIPLES if accumulate is None or float(m * accumulate).is_integer()]
     sizes = {m * estimate.batch_size for m in multiples} | {size for size in others if math.isfinite(size)}
     return sorted(sizes)
+
+
+def candidate_table(
+    candidates: Sequence[Candidate], more_ranks: Sequence[Candidate], *, present: float, suggested: float, unit: str
+) -> list[str]:
+    """Return the lines of a table: a batch size a row, steps and examples over those of now, and times where known.
+
+    Args:
+        candidates: By accumulation.
+        more_ranks: The same batch sizes on more ranks, as far as there are any.
+        present: The batch size of now.
+        suggested: The batch size that is suggested.
+        unit: What is counted.
+    """
+    if not candidates:
+        return []
+    by_ranks = {candidate.batch_size: candidate for candidate in more_ranks if candidate.hours is not None}
+    columns = [("batch size", [format_count(c.batch_size) for c in candidates])]
+    if any(c.accumulate_grad_batches is not None for c in candidates):
+        columns.append(("accumulate", [str(c.accumulate_grad_batches) for c in candidates]))
+    columns += [
+        ("steps", [f"x{c.steps.value:.2g}" for c in candidates]),
+        (unit, [f"x{c.examples.value:.2g}" for c in candidates]),
+        ("efficiency", [f"{c.efficiency.value:.0%}" for c in candidates]),
+    ]
+    if all(c.hours is not None for c in candidates):
+        columns.append(("time", [format_hours(c.hours.value) for c in candidates if c.hours is not None]))
+    elif all(c.time is not None for c in candidates):
+        columns.append(("time", [f"x{c.time.value:.2g}" for c in candidates if c.time is not None]))
+    if all(c.device_hours is not None for c in candidates):
+        columns.append(("device-hours", [f"{c.device_hours.value:.3g}" for c in candidates if c.device_hours]))
+    if all(c.cost is not None for c in candidates):
+        columns.append(("cost", [f"{c.cost.value:,.2f}" for c in candidates if c.cost is not None]))
+    if by_ranks:
+        columns.append(("or on ranks", [_on_ranks(by_ranks.get(c.batch_size)) for c in candidates]))
+    remarks = ["", *(_remark(c.batch_size, present, suggested) for c in candidates)]
+    return [f"{line}  {remark}".rstrip() for line, remark in zip(text_table(columns), remarks, strict=True)]
+
+
+def format_hours(hours: float) -> str:
+    """Format a time for people.
+
+    Example:
+        >>> [format_hours(x) for x in (0.0002, 0.05, 1.234, 400.0)]
+        ['0.72 s', '3 min', '1.2 h', '16.7 d']
+    """
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} s"
+    if hours < 1:
+        return f"{hours * 60:.2g} min"
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} d"
+
+
+def _on_ranks(candidate: Candidate | None) -> str:
+    if candidate is None or candidate.hours is None:
+        return ""
+    return f"{candidate.num_ranks}: {format_hours(candidate.hours.value)}"
+
+
+def _remark(size: float, present: float, suggested: float) -> str:
+    names = [name for name, other in (("now", present), ("suggested", suggested)) if size == other]
+    return f"<- {' and '.join(names)}" if names else ""

@@ -145,29 +145,3 @@ def examples_factor(old: float, new: float, critical_batch_size: float) -> float
     if math.isinf(critical_batch_size):
         return 1.0
     return (critical_batch_size + new) / (critical_batch_size + old)
-
-
-def sgd_learning_rate_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the factor on SGD's learning rate from batch size ``old`` to ``new``.
-
-    The optimal step is ε(B) = ε_max / (1 + B_crit/B) (arXiv 1812.06162, section 2.2): proportional to B
-    far below the critical batch size, constant far above it. So it grows as the steps shrink.
-
-    Example:
-        >>> sgd_learning_rate_factor(32, 128, 128)
-        2.5
-    """
-    return 1.0 / steps_factor(old, new, critical_batch_size)
-
-
-def adam_learning_rate_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the factor on an Adam-like optimizer's learning rate: the square root of SGD's.
-
-    Adam divides by the root of the second moment, which noise dominates at small batches: the
-    square-root rule.
-
-    Example:
-        >>> round(adam_learning_rate_factor(32, 128, 128), 2)
-        1.58
-    """
-    return math.sqrt(sgd_learning_rate_factor(old, new, critical_batch_size))

@@ -1,1 +1,1 @@
-"""The gradient noise scale: mathematics, metric, probes, and the callback that joins them."""
+"""The gradient noise scale: mathematics, samples, metric, estimate. Knows no Trainer."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_wn.noise_scale.statistics import PairMoments
+from lightning_wn.text import format_count
 
 # with two measurements the spread is known to one degree of freedom only: no interval is honest
 MIN_MEASUREMENTS_FOR_INTERVAL = 3
@@ -114,16 +115,3 @@ class NoiseScaleEstimate:
             f"{format_count(self.lower)} to {format_count(self.upper)}; {self.num_measurements} measurements, "
             f"batch size {format_count(self.batch_size)}{part})"
         )
-
-
-def format_count(value: float) -> str:
-    """Format a number of examples for people: three significant digits, no exponent below a million.
-
-    Example:
-        >>> [format_count(x) for x in (0.1234, 84.36, 1234.5, 2.5e7, float("inf"))]
-        ['0.123', '84.4', '1,230', '2.5e+07', 'inf']
-    """
-    if not math.isfinite(value) or value == 0.0:
-        return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.3g}" if abs(value) >= 1e6 or digits else f"{float(f'{value:.3g}'):,.0f}"

@@ -271,7 +271,7 @@ class GradientNoiseScale(Metric):
         Raises:
             ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
         """
-        from lightning_wn.noise_scale.plotting import draw_noise_scale, figure_and_axis  # noqa: PLC0415 - optional
+        from lightning_wn.noise_scale.drawing import draw_noise_scale, figure_and_axis  # noqa: PLC0415 - optional
 
         results = [self.compute()] if val is None else [val] if isinstance(val, dict) else list(val)
         fig, ax = figure_and_axis(ax)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_wn.weight_norm.chains import g_and_v, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, weight_norm_chains
 
 
 def weight_norm_parameter_groups(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_wn.weight_norm.layers import rule_for
-from lightning_wn.weight_norm.selection import NamedLayer
+from lightning_wn.weight_norm.core.layers import rule_for
+from lightning_wn.weight_norm.core.selection import NamedLayer
 
 
 class _Owner(NamedTuple):

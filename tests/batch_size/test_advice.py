@@ -3,11 +3,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from made_up_estimates import make_advice, make_estimate
+from helpers.made_up_estimates import make_advice, make_estimate
 
 from lightning_wn.batch_size.advice import RunConfiguration, advise_batch_size
-from lightning_wn.batch_size.observed_run import ObservedRun
-from lightning_wn.batch_size.run_time import RunTime
+from lightning_wn.batch_size.run import ObservedRun, RunTime
 
 
 def test_suggests_the_reachable_size_nearest_to_the_noise_scale():

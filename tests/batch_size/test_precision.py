@@ -1,11 +1,11 @@
 import math
 
 import pytest
-from made_up_estimates import make_estimate
+from helpers.made_up_estimates import make_estimate
 
-from lightning_wn.batch_size.doubts import more_to_measure
-from lightning_wn.batch_size.observed_run import ObservedRun
+from lightning_wn.batch_size.caveats import more_to_measure
 from lightning_wn.batch_size.precision import decay_for, effective_size, measurements_for, relative_half_width
+from lightning_wn.batch_size.run import ObservedRun
 from lightning_wn.noise_scale.statistics import PairMoments
 
 

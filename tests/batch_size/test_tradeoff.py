@@ -2,14 +2,13 @@ import math
 
 import pytest
 
+from lightning_wn.batch_size.learning_rate import adam_learning_rate_factor, sgd_learning_rate_factor
 from lightning_wn.batch_size.tradeoff import (
     Factor,
-    adam_learning_rate_factor,
     carry_interval,
     efficiency,
     examples_cost,
     examples_factor,
-    sgd_learning_rate_factor,
     steps_cost,
     steps_factor,
     target_within_examples,

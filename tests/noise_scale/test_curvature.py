@@ -7,7 +7,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from frozen_digits import QUIET, DigitsMLP, digits, loader, per_example_gradients
+from helpers.frozen_digits import QUIET, DigitsMLP, digits, loader, per_example_gradients
 from torch import nn
 from torch.func import functional_call, hessian
 from torch.utils.data import DataLoader, TensorDataset

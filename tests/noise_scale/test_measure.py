@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from frozen_digits import QUIET, DigitsMLP, digits, loader, per_example_gradients, truth
+from helpers.frozen_digits import QUIET, DigitsMLP, digits, loader, per_example_gradients, truth
 from torch import nn
 from torchmetrics import MeanMetric
 

@@ -7,7 +7,7 @@ import math
 import matplotlib as mpl
 import pytest
 import torch
-from frozen_digits import textbook_pair
+from helpers.frozen_digits import textbook_pair
 
 from lightning_wn import GradientNoiseScale
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples, Rejection, measurement_from_row

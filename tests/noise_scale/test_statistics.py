@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from frozen_digits import textbook_pair
+from helpers.frozen_digits import textbook_pair
 from scipy import stats
 
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from first_batches import NETS, moments_of, reference
+from helpers.first_batches import NETS, moments_of, reference
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -14,7 +14,7 @@ from lightning_wn.weight_norm import (
     cached_weight_norm,
     fold_weight_norm,
 )
-from lightning_wn.weight_norm.selection import NamedLayer
+from lightning_wn.weight_norm.core.selection import NamedLayer
 
 
 def named(model):

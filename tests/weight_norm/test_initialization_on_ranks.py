@@ -1,18 +1,16 @@
 """Two ranks initialize as one that holds both their batches; synchronized means likewise."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from first_batches import NETS
-from first_batches_on_ranks import initialized
-from processes import run_script
+from helpers.first_batches import NETS
+from helpers.processes import SCENARIOS, run_script
+from scenarios.first_batches_on_ranks import initialized
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_script(Path(__file__).parents[1] / "first_batches_on_ranks.py", str(folder))
+    run_script(SCENARIOS / "first_batches_on_ranks.py", str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.weight_norm_models import tied
 from torch import nn
-from weight_norm_models import tied
 
 from lightning_wn.weight_norm import apply_weight_norm, fold_weight_norm
 

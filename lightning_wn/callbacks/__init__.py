@@ -1,0 +1,1 @@
+"""The Lightning callbacks: each is thin over parts that know no Trainer."""

@@ -1,0 +1,1 @@
+"""`AdaptiveBatchSizeCallback` and its parts."""

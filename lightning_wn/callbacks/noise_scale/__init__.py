@@ -1,0 +1,1 @@
+"""`GradientNoiseScaleCallback` and its parts."""

@@ -1,0 +1,54 @@
+"""What ``GradientNoiseScaleCallback`` refuses before it has seen a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE
+from lightning_wn.callbacks.noise_scale.optimizer_measurement import PRECONDITIONED
+from lightning_wn.module_selectors import as_selectors
+from lightning_wn.noise_scale.metric import check_ema_decay
+from lightning_wn.probes.choice import PROBES
+
+DEFAULT_EMA_DECAY = 0.99
+
+
+def check_cadence(probe: str, every_n_steps: int | None, ema_decay: float, half_life_steps: float | None) -> None:
+    """Raise ValueError for a probe, a cadence or a memory that there is not."""
+    if probe != "auto" and probe not in PROBES:
+        raise ValueError(f"`probe` must be one of {['auto', *PROBES]}, got {probe!r}; 'auto' chooses.")
+    if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+        raise ValueError(
+            f"`every_n_steps` must be a positive whole number of optimizer steps or None, got {every_n_steps!r}; "
+            "None measures one step in 10."
+        )
+    check_ema_decay(ema_decay)
+    if half_life_steps is not None:
+        if not half_life_steps > 0:
+            raise ValueError(
+                f"`half_life_steps` must be a positive number of optimizer steps, got {half_life_steps!r}."
+            )
+        if ema_decay != DEFAULT_EMA_DECAY:
+            raise ValueError(
+                f"`ema_decay={ema_decay!r}` and `half_life_steps={half_life_steps!r}` say the same thing twice; "
+                "give one of them."
+            )
+
+
+def check_choice(layers: Any, groups: Any, curvature_every_n_steps: int | None) -> None:
+    """Raise ValueError for parameters that cannot be named so, and for a cadence of the curvature that there is not."""
+    if layers is not None:
+        as_selectors("layers", layers)
+    for name, selection in (groups or {}).items():
+        if not isinstance(name, str) or not name or "/" in name or name in ("total", PRECONDITIONED, CURVATURE):
+            raise ValueError(
+                f"`groups` must have names that can stand in a logged key, got {name!r}; choose another than 'total', "
+                f"'{PRECONDITIONED}' and '{CURVATURE}', without a slash."
+            )
+        as_selectors(f"groups[{name!r}]", selection)
+    every = curvature_every_n_steps
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(
+            f"`curvature_every_n_steps` must be a positive whole number of optimizer steps or None, got {every!r}; "
+            "1000 adds about 1 % to training time."
+        )

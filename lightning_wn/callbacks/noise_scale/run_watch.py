@@ -1,0 +1,106 @@
+"""Watches a run for what advice on its batch size needs: its optimizers, its length, its times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_wn.batch_size.learning_rate import OptimizerFamily, optimizer_family
+from lightning_wn.batch_size.run import ObservedRun
+from lightning_wn.callbacks.noise_scale.run_timer import RunTimer
+
+
+class RunWatch:
+    """Follows a run from hook to hook; it reads the host's clock and what the Trainer knows, and nothing else.
+
+    Of a run in other processes (``ddp_spawn``) and of one that was only loaded from a checkpoint it knows nothing.
+    """
+
+    def __init__(self) -> None:
+        self._timer = RunTimer()
+        self._optimizers: list[tuple[str, OptimizerFamily | None]] = []
+        self._num_steps: int | None = None
+        self._planned_steps = math.inf
+        self._micro_batches_per_epoch = math.inf
+        self._learning_rate = math.nan
+        self._rises = False
+        self._watches = False
+        self._micro_batches = 0
+        self._measured = False
+
+    def start(self, trainer: Trainer, model: LightningModule) -> None:
+        """Take what is known when training starts."""
+        self._watches = model.automatic_optimization
+        # elsewhere the host hands kernels to the device and goes on
+        self._timer = RunTimer(runs_ahead=trainer.strategy.root_device.type != "cpu")
+        self._name_optimizers(trainer.optimizers)
+        self._micro_batches_per_epoch = float(trainer.num_training_batches)
+        if self._watches:
+            planned = float(trainer.estimated_stepping_batches)
+            # -1 is how the Trainer says that neither steps nor batches are counted
+            self._planned_steps = planned if planned > 0 else math.inf
+
+    def start_batch(self, trainer: Trainer, batch_idx: int) -> None:
+        """Note the beginning of a micro-batch."""
+        if not self._watches:
+            return
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if first:
+            self._micro_batches, self._measured = 0, False
+        self._micro_batches += 1
+        self._timer.start_batch(first=first)
+
+    def note_measuring(self, measuring: bool) -> None:
+        """Note whether the noise scale is measured in this optimizer step."""
+        self._measured |= measuring
+
+    def before_step(self) -> None:
+        """Note that the gradients are complete."""
+        if self._watches:
+            self._timer.before_step()
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Note the end of an optimizer step; in manual optimization only that there was one."""
+        self._num_steps = trainer.global_step
+        if not self._watches:
+            return
+        full = self._micro_batches == trainer.accumulate_grad_batches
+        self._timer.end_window(full=full, measured=self._measured)
+        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        # a tensor may lie on the device, which is not to be waited for
+        if not isinstance(learning_rate, Tensor):
+            self._rises = learning_rate > self._learning_rate
+            self._learning_rate = learning_rate
+
+    def interrupt(self) -> None:
+        """Note that something else than training begins."""
+        self._timer.interrupt()
+
+    def end(self, trainer: Trainer) -> None:
+        """Note that the run has ended, maybe before its time."""
+        self._timer.interrupt()
+        self._name_optimizers(trainer.optimizers)
+        if self._watches:
+            self._planned_steps = float(trainer.global_step)
+
+    def observed(self, optimizer: int, *, every_n_steps: int, ema_decay: float) -> ObservedRun:
+        """Return what was seen, with how one of the optimizers is measured."""
+        name, family = self._optimizers[optimizer] if optimizer < len(self._optimizers) else ("", None)
+        return ObservedRun(
+            optimizer=name,
+            optimizer_family=family,
+            learning_rate_rises=self._rises,
+            num_steps=self._num_steps,
+            planned_steps=self._planned_steps,
+            micro_batches_per_epoch=self._micro_batches_per_epoch,
+            every_n_steps=every_n_steps,
+            ema_decay=ema_decay,
+            time=self._timer.run_time(),
+        )
+
+    def _name_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = [(type(optimizer).__name__, optimizer_family(optimizer)) for optimizer in optimizers]

@@ -1,0 +1,85 @@
+"""The few lines at the end of a fit, and the sentences about steps that were left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_wn.batch_size.advice import BatchSizeAdvice
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.noise_scale.samples import Rejection
+from lightning_wn.text import format_count
+
+_REASONS = {
+    Rejection.SINGLE_SAMPLE: "had a single gradient sample",
+    Rejection.NON_FINITE: "had NaN or infinite gradients",
+    Rejection.MISMATCH: "had samples that do not add up to the optimizer's gradient",
+    Rejection.IRREGULAR: "had gradients that came in several parts or were changed before the step",
+}
+
+WARNINGS = {
+    Rejection.NON_FINITE: (
+        "some gradients were NaN or infinite; those optimizer steps are left out on every rank (with a 16-bit "
+        "loss scaler the first few are normal; a `batch_size_fn` that returns a tensor must not return zero)."
+    ),
+    Rejection.MISMATCH: (
+        "the micro-batch gradients do not add up to the gradient that the optimizer uses, and those steps are left "
+        "out; likely causes are a lossy DDP communication hook (PowerSGD), local SGD, parameters that were frozen when "
+        "DDP wrapped the model (it never averages their gradients: leave them trainable until training starts), a "
+        "gradient left over from an accumulation factor that changed in mid-window, or a hook or callback that edits "
+        "gradients before this one: remove it, or list this callback before it."
+    ),
+    Rejection.IRREGULAR: (
+        "a gradient came in several parts, or was changed before the optimizer's step, and those steps are left out; "
+        "likely causes are reentrant activation checkpointing of a layer that is used twice (use "
+        "`use_reentrant=False`), several backward calls for one optimizer in one training step (add the losses up "
+        "and call it once), gradients clipped after `manual_backward` (clip them in `on_before_optimizer_step`), or, "
+        "under FSDP2, layers that only some micro-batches use."
+    ),
+}
+"""What to say once, the first time that a step is left out for a reason that the user can act on."""
+
+
+def fit_summary(
+    estimate: NoiseScaleEstimate,
+    advice: BatchSizeAdvice,
+    rejected: Mapping[Rejection, int],
+    every_n_steps: int,
+    *,
+    optimizer: int | None = None,
+    others: Mapping[str, NoiseScaleEstimate] | None = None,
+) -> str:
+    """Return the result of a fit in a few lines: what was measured, what to try, and where the rest is.
+
+    Args:
+        estimate: That of all measured parameters.
+        advice: The advice on it.
+        rejected: Optimizer steps that were left out, by reason.
+        every_n_steps: The cadence.
+        optimizer: Its position, where there are several.
+        others: Estimates of groups, by name.
+    """
+    of = "" if optimizer is None else f"Optimizer {optimizer}: "
+    cadence = "every optimizer step" if every_n_steps == 1 else f"one optimizer step in {every_n_steps}"
+    lines = [f"{of}gradient {estimate}, by the probe {estimate.probe!r} on {cadence}."]
+    if others:
+        found = (f"{name} {_short(other)}" for name, other in others.items())
+        lines.append(f"Of its parts: {'; '.join(found)}.")
+    if left_out := [f"{count} that {_REASONS[reason]}" for reason, count in rejected.items() if count]:
+        lines.append(f"Optimizer steps that were left out: {', '.join(left_out)}.")
+    if estimate.num_measurements:
+        number = "" if optimizer is None else f"{optimizer}"
+        doubts = f" and {_reasons_for_doubt(len(advice.doubts))}" if advice.doubts else ""
+        lines += [
+            advice.suggestion,
+            f"`print(callback.advise({number}))` says more: other batch sizes, in hours too, how sure it is{doubts}.",
+        ]
+    return "\n".join(line[0].upper() + line[1:] for line in lines)
+
+
+def _short(estimate: NoiseScaleEstimate) -> str:
+    span = f"{format_count(estimate.lower)} to {format_count(estimate.upper)}"
+    return f"{format_count(estimate.noise_scale)} ({span})"
+
+
+def _reasons_for_doubt(count: int) -> str:
+    return f"{count} reason{'s' * (count > 1)} for doubt"

@@ -1,0 +1,1 @@
+"""`WeightNormCallback` and its parts."""

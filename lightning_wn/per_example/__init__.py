@@ -1,0 +1,23 @@
+"""Exact per-example squared gradient norms from the ordinary backward pass: one rule per layer type."""
+
+from lightning_wn.per_example.engine.norms import PerExampleNorms
+from lightning_wn.per_example.rules import convolution, embedding, linear, normalization
+from lightning_wn.per_example.rules.errors import PerExampleError, batch_dependent_layers
+from lightning_wn.per_example.rules.gradients import Dense, Form, Outer, Rows
+from lightning_wn.per_example.rules.registry import Seen, measure_as_one, register_per_example_rule
+
+__all__ = [
+    "Dense",
+    "Form",
+    "Outer",
+    "PerExampleError",
+    "PerExampleNorms",
+    "Rows",
+    "Seen",
+    "batch_dependent_layers",
+    "measure_as_one",
+    "register_per_example_rule",
+]
+
+# importing a file of rules registers them
+del convolution, embedding, linear, normalization

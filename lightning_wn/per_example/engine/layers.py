@@ -1,0 +1,242 @@
+"""Which module answers for which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_wn.per_example.engine.batch_axes import has_own_axes
+from lightning_wn.per_example.engine.rerun import GenericRule
+from lightning_wn.per_example.rules.errors import PerExampleError, name_of
+from lightning_wn.per_example.rules.gradients import (
+    Denominator,
+    Form,
+    preconditioned_sq_norms,
+    squared_norms,
+)
+from lightning_wn.per_example.rules.registry import Rule, is_measured_as_one, rule_for
+from lightning_wn.per_example.rules.weight_normalized import WeightNormed, weight_norm_of
+
+BatchDim = int | Literal["folded"]
+
+
+@dataclass
+class Slot:
+    """One tensor whose uses are added before squaring: a parameter, or a weight computed from g and v."""
+
+    shape: torch.Size
+    measured: tuple[nn.Parameter, ...]
+    weight_norm: WeightNormed | None
+    # of the running step
+    calls: int = 0
+    calls_in_backward: int = 0
+    waiting: list[Form] = field(default_factory=list)
+    squared: bool = False
+
+    def forget(self) -> None:
+        """Forget the step."""
+        self.calls = self.calls_in_backward = 0
+        self.waiting = []
+        self.squared = False
+
+    @property
+    def expected(self) -> int:
+        """How many gradients will arrive.
+
+        Calls during backward are recomputations under checkpointing: with saved tensors (non-reentrant) they
+        stand for a call that was already counted, otherwise they are all the calls that autograd knows.
+        """
+        return self.calls or self.calls_in_backward
+
+    def squared_norms(self, forms: Sequence[Form]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each measured parameter's |Σ_uses gradient|² per example, shape (B,)."""
+        if self.weight_norm is None:
+            return [(self.measured[0], squared_norms(forms, self.shape))]
+        by_gain, by_direction = self.weight_norm.squared_norms(forms, self.shape)
+        parts = zip(self.weight_norm.parameters, (by_gain, by_direction), strict=True)
+        return [(parameter, part) for parameter, part in parts if any(parameter is p for p in self.measured)]
+
+    def preconditioned(self, forms: Sequence[Form], denominator: Denominator) -> Tensor:
+        """Return |Σ_uses gradient / denominator|² per example over the measured parameters, shape (B,)."""
+        denominators = [denominator(p) for p in self.measured]
+        known = [d.detach() for d in denominators if d is not None]
+        if len(known) < len(denominators):
+            return torch.full((forms[0].batch_size,), torch.nan, device=self.measured[0].device)
+        if self.weight_norm is None:
+            return preconditioned_sq_norms(forms, self.shape, known[0])
+        by_parameter = {id(p): d for p, d in zip(self.measured, known, strict=True)}
+        gain, direction = (by_parameter.get(id(p)) for p in self.weight_norm.parameters)
+        return self.weight_norm.preconditioned(forms, self.shape, gain, direction)
+
+
+@dataclass
+class Layer:
+    """A module that answers for parameters, by its rule or, without one, by being run again.
+
+    Attributes:
+        name: Its name in the model.
+        module: The module.
+        rule: Its rule, None for the generic one.
+        slots: By the names that the rule uses (``weight``), or by parameter name for the generic rule.
+        parameters: The measured parameters, by name in the module.
+        batch_dim: Where the batch lies in its input and output.
+        in_doubt: Whether the model has modules that put the sequence first, and nobody said where the batch lies.
+    """
+
+    name: str
+    module: nn.Module
+    rule: Rule | None
+    slots: dict[str, Slot]
+    parameters: dict[str, nn.Parameter]
+    batch_dim: BatchDim
+    in_doubt: bool
+    generic: GenericRule = field(default_factory=GenericRule)
+
+    @property
+    def axis(self) -> int:
+        """The dimension that holds the batch, or the batch and the parts of its examples."""
+        return 0 if self.batch_dim == "folded" else self.batch_dim
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return name_of(self.module, self.name)
+
+
+def find_layers(
+    model: nn.Module, parameters: Sequence[nn.Parameter], batch_dims: Mapping[str, BatchDim]
+) -> list[Layer]:
+    """Divide the parameters among the modules that use them.
+
+    Raises:
+        ValueError: If a parameter is not in the model.
+        PerExampleError: If a parameter is used in two ways that cannot be added.
+    """
+    wanted = {id(p) for p in parameters if p.requires_grad}
+    slots: dict[tuple[int, ...], Slot] = {}
+    layers: list[Layer] = []
+    sequence_first = any(has_own_axes(m) and not m.batch_first for m in model.modules())
+    for name, module in _owners(model):
+        own = {key: p for key, p in _own_parameters(module).items() if id(p) in wanted}
+        if not own:
+            continue
+        weight_norm = weight_norm_of(module)
+        rule = rule_for(module)
+        if weight_norm is None and any(isinstance(m, ParametrizationList) for m in _inner(module)):
+            rule = None  # an unknown parametrization: run the module again
+        if rule is None:
+            weight_norm = None
+        by_name: dict[str, Slot] = {}
+        for key, parameter in own.items():
+            parts: tuple[nn.Parameter, ...] = (parameter,)
+            slot_name, shape = key, parameter.shape
+            if weight_norm is not None and any(parameter is part for part in weight_norm.parameters):
+                # tied layers share g and v: one slot for both
+                parts, slot_name, shape = weight_norm.parameters, "weight", weight_norm.direction.shape
+            ids = tuple(map(id, parts))
+            measured = tuple(part for part in parts if id(part) in wanted)
+            normed = weight_norm if slot_name == "weight" else None
+            by_name[slot_name] = slots.setdefault(ids, Slot(shape, measured, normed))
+        said = [dim for pattern, dim in batch_dims.items() if fnmatchcase(name, pattern)]
+        batch_dim = said[0] if said else 0
+        layers.append(Layer(name, module, rule, by_name, own, batch_dim, sequence_first and not said))
+    _check_sharing(slots, layers)
+    found = {id(p) for layer in layers for p in layer.parameters.values()}
+    if wanted - found:
+        raise ValueError(f"{len(wanted - found)} of the parameters to measure are not in the model")
+    return layers
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that are called, without what lies below those measured as one."""
+    skipped: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in skipped:
+            continue
+        if is_measured_as_one(module):
+            skipped |= {id(m) for m in module.modules()} - {id(module)}
+        skipped |= {id(m) for m in _inner(module)}
+        yield name, module
+
+
+def _inner(module: nn.Module) -> list[nn.Module]:
+    """List the modules that compute a module's parameters."""
+    lists: object = getattr(module, "parametrizations", None)
+    return list(lists.modules()) if isinstance(lists, nn.ModuleDict) else []
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    if is_measured_as_one(module):
+        return dict(module.named_parameters())
+    own = dict(module.named_parameters(recurse=False))
+    if _inner(module):
+        inner: object = module.parametrizations
+        assert isinstance(inner, nn.ModuleDict)
+        own |= {f"parametrizations.{key}": p for key, p in inner.named_parameters()}
+    return own
+
+
+def _check_sharing(slots: Mapping[tuple[int, ...], Slot], layers: Sequence[Layer]) -> None:
+    """Refuse a parameter that is a weight in one place and part of a computed weight in another."""
+    seen: set[int] = set()
+    for ids in slots:
+        if seen & set(ids):
+            both = [layer.label for layer in layers if any(id(p) in ids for p in layer.parameters.values())]
+            raise PerExampleError(
+                f"a parameter of {' and '.join(both)} is shared but used in different ways (with and without weight "
+                "normalization, or with different g): weight-normalize all of these layers alike, or none"
+            )
+        seen |= set(ids)
+
+
+class Columns:
+    """Adds squared norms up: one column for all parameters, one a group, one for the preconditioned gradient.
+
+    Args:
+        groups: Parameters whose squared norms are summed apart; they may overlap.
+        denominator: What each element of a parameter's gradient is divided by in the last column; None for a
+            parameter that has none yet, which makes the column NaN.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], denominator: Denominator | None) -> None:
+        self._groups = [{id(p) for p in group} for group in groups]
+        self._denominator = denominator
+        self._sq_norms: list[tuple[int, Tensor]] = []
+        self._preconditioned: list[Tensor] = []
+
+    def add(self, slot: Slot, forms: Sequence[Form]) -> None:
+        """Square the gradients of one tensor's uses."""
+        self._sq_norms += [(id(p), sq_norms) for p, sq_norms in slot.squared_norms(forms)]
+        if self._denominator is not None:
+            self._preconditioned.append(slot.preconditioned(forms, self._denominator))
+
+    def sums(self, batch_size: int, device: torch.device | None) -> Tensor:
+        """Return the sums, shape (B,), or (B, columns) where there is more than the total."""
+        zeros = torch.zeros(batch_size, device=device)
+        total = _sum([sq_norms for _, sq_norms in self._sq_norms], zeros)
+        if not self._groups and self._denominator is None:
+            return total
+        columns = [total]
+        columns += [_sum([sq for key, sq in self._sq_norms if key in group], zeros) for group in self._groups]
+        if self._denominator is not None:
+            columns.append(_sum(self._preconditioned, zeros))
+        dtype = max((column.dtype for column in columns), key=lambda dtype: dtype.itemsize)
+        return torch.stack([column.to(total.device, dtype) for column in columns], dim=1)
+
+    def forget(self) -> None:
+        """Forget the step."""
+        self._sq_norms = []
+        self._preconditioned = []
+
+
+def _sum(terms: Sequence[Tensor], zeros: Tensor) -> Tensor:
+    if not terms:
+        return zeros
+    # parts of a model may lie on several devices
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum(0)

@@ -1,0 +1,404 @@
+"""Exact squared gradient norms of single examples, from the backward pass that trains the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
+from lightning_wn.per_example.engine.batch_axes import has_own_axes
+from lightning_wn.per_example.engine.call import Call, OutputGradient, accumulation_node, is_private
+from lightning_wn.per_example.engine.layers import BatchDim, Columns, Layer, Slot, find_layers
+from lightning_wn.per_example.engine.rerun import Context
+from lightning_wn.per_example.engine.shared_tensors import Broadcasts, SharedGradient
+from lightning_wn.per_example.engine.verification import Verification
+from lightning_wn.per_example.rules.errors import PerExampleError, refuse_model
+from lightning_wn.per_example.rules.gradients import Denominator, Dense, Form, waiting
+
+
+class PerExampleNorms:
+    """Measures |∂L/∂θ by example i|² while the ordinary backward pass runs.
+
+    L is the loss that is back-propagated. Where that is the mean over B examples, the gradient of example i's
+    own loss is B times larger, and its squared norm B² times: no such factor is applied here.
+
+    One measured step::
+
+        norms.before_forward(batch_size)
+        loss = compute_loss(model, batch)
+        norms.before_backward(loss)
+        loss.backward()
+        sq_norms = norms.after_backward()  # (B,)
+
+    Layers with a rule are answered for as soon as autograd reaches them, from their input, which autograd
+    keeps anyway, and their output's gradient. A parameter with several uses waits for all of them: gradients
+    add up, norms do not. A module with parameters and no rule is run again example by example, unless its
+    parameters only enter by being expanded or added to the batch (class token, position embedding).
+
+    Training sees the same bits: hooks only read. What cannot be measured exactly raises
+    :class:`PerExampleError` in ``after_backward`` (or at once where it shows in the model), never in the
+    middle of the user's forward or backward pass. The first measured step, and every step in which modules
+    are used in a new way, is verified: what was seen must add up to the gradient that each parameter got.
+
+    Args:
+        model: The model, in the mode in which it is trained.
+        parameters: The parameters to measure; frozen ones are skipped.
+        batch_dims: For modules, by name or glob, whose tensors do not have the batch in their first dimension:
+            the dimension that has it, or ``"folded"`` where the first dimension is B·k with the k parts of an
+            example one after the other. That cannot be told from shapes.
+        groups: Sets of parameters whose squared norms are wanted apart too. They may overlap; what is not
+            among ``parameters`` does not count.
+        denominator: Asks for the preconditioned squared norm too: it tells what to divide each element of a
+            parameter's gradient by, for Adam √v̂ + ε, of the parameter's shape, at the moment it is called
+            (during the backward pass). Where it returns None for a parameter that has a gradient, the
+            preconditioned norm is NaN. It costs the materialised gradient of every example, a few at a time.
+
+    Attributes:
+        coverage: The share of the model's trainable elements that are measured.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> norms = PerExampleNorms(layer, list(layer.parameters()))
+        >>> norms.attach()
+        >>> norms.before_forward(2)
+        >>> loss = layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum()
+        >>> norms.before_backward(loss)
+        >>> loss.backward()
+        >>> norms.after_backward()
+        tensor([ 5., 25.])
+        >>> norms.detach()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        *,
+        batch_dims: Mapping[str, BatchDim] | None = None,
+        groups: Sequence[Sequence[nn.Parameter]] = (),
+        denominator: Denominator | None = None,
+    ) -> None:
+        self._model = model
+        self._columns = Columns(groups, denominator)
+        self._layers = find_layers(model, parameters, batch_dims or {})
+        measured = {id(p): p for layer in self._layers for p in layer.parameters.values()}
+        self._parameters = list(measured.values())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.coverage = sum(p.numel() for p in self._parameters) / max(trainable, 1)
+        self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
+        self._handles: list[RemovableHandle] = []
+        self._verified: set[tuple[Any, ...]] = set()
+        self._batch_size = 0
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._recording = False
+        self._verification: Verification | None = None
+        self._broadcasts: Broadcasts | None = None
+        self._shared_parameters: dict[int, tuple[nn.Parameter, SharedGradient]] = {}
+        self._uses: list[Call] = []
+        self._attentions: list[AttentionCall] = []
+        self._starts: list[tuple[Layer, list[int], Context]] = []
+        self._errors: list[PerExampleError] = []
+        self._columns.forget()
+        self._signature: tuple[Any, ...] = ()
+        for slot in self._slots:
+            slot.forget()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are measured."""
+        return list(self._parameters)
+
+    def attach(self) -> None:
+        """Put the hooks on; they do nothing until a measured forward pass starts.
+
+        Raises:
+            PerExampleError: If the model mixes examples or is compiled.
+        """
+        if self._handles:
+            return
+        refuse_model(self._model)
+        for layer in self._layers:
+            # first in line: the gradient by the layer's own output, before hooks of others change the output
+            def after(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: Layer = layer) -> None:
+                if self._recording:
+                    self._note_call(layer, args, kwargs, output)
+
+            self._handles.append(layer.module.register_forward_hook(after, with_kwargs=True, prepend=True))
+            if layer.rule is None:
+
+                def before(_: nn.Module, args: Any, kwargs: Any, layer: Layer = layer) -> None:
+                    if self._recording:
+                        self._note_start(layer, args, kwargs)
+
+                self._handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take all hooks off and forget the step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._forget()
+
+    def before_forward(self, batch_size: int) -> None:
+        """Record from here on.
+
+        Args:
+            batch_size: B, the length of the dimension that is the batch.
+        """
+        refuse_model(self._model)
+        self._forget()
+        self._batch_size = batch_size
+        self._recording = True
+        self._verification = Verification(self._model, self._parameters)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Look at the graph of the loss for tensors that all examples share until they meet the batch."""
+        self._try(self._watch_shared, loss)
+        signature: list[tuple[Any, ...]] = [
+            (use.layer.name, use.shared is not None, *use.axes(self._batch_size)) for use in self._uses
+        ]
+        signature += [(attention.name, "graph") for attention in self._attentions]
+        self._signature = (*sorted(signature, key=str), *sorted(self._names_of_shared()))
+        if self._signature in self._verified and self._verification is not None:
+            self._verification.stop()
+            self._verification = None
+
+    def after_backward(self) -> Tensor:
+        """Return Σ over the measured parameters of |∂L/∂θ by example i|², shape (B,).
+
+        In float32 at least, on the parameters' device, without waiting for it (verified steps do wait).
+
+        Returns:
+            Shape (B,), or with groups or a denominator (B, columns): the total, each group's, and last the
+            preconditioned one, Σ |∂L/∂θ by example i / denominator(θ)|².
+
+        Raises:
+            PerExampleError: If the norms of this step would not be exact.
+        """
+        self._recording = False
+        try:
+            self._try(self._finish)
+            if self._errors:
+                raise self._errors[0]
+            if self._verification is not None and self._verification.check():
+                self._verified.add(self._signature)
+            return self._columns.sums(self._batch_size, self._parameters[0].device if self._parameters else None)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Take the step's hooks off and forget what they saw."""
+        for use in self._uses:
+            for output in use.outputs:
+                output.remove()
+        for attention in self._attentions:
+            attention.remove()
+        if self._verification is not None:
+            self._verification.stop()
+        if self._broadcasts is not None:
+            self._broadcasts.remove()
+        self._start_afresh()
+
+    def _try(self, function: Any, *args: Any) -> None:
+        """Keep an error for ``after_backward``: a measurement must not stop a backward pass half way."""
+        try:
+            function(*args)
+        except PerExampleError as error:
+            self._errors.append(error)
+
+    def _note_start(self, layer: Layer, args: Any, kwargs: Any) -> None:
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = list({p.device for p in layer.parameters.values()})
+        self._starts.append((layer, [t._version for t in leaves], Context.capture(devices)))
+
+    def _note_call(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
+        context: Context | None = None
+        versions: list[int] | None = None
+        if layer.rule is None:
+            # calls nest: the last start of this layer is the one that ends here
+            index = next((i for i in reversed(range(len(self._starts))) if self._starts[i][0] is layer), None)
+            if index is None:
+                return
+            _, versions, context = self._starts.pop(index)
+        outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not any(o.requires_grad for o in outputs):
+            return
+        in_backward = torch._C._current_graph_task_id() != -1
+        for slot in layer.slots.values():
+            if in_backward:
+                slot.calls_in_backward += 1
+            else:
+                slot.calls += 1
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if layer.rule is None and self._follow_attention(layer, leaves, outputs):
+            return
+        input_has_history = any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves)
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if versions is None:
+            versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+        use = Call(layer, leaves, spec, versions, [], context, input_has_history)
+        # the generic rule needs the gradients of all outputs and waits for the end
+        arrived = None if layer.rule is None else lambda: self._try(self._answer, use)
+        private = layer.rule is not None and len(outputs) == 1 and is_private(outputs[0], use.tensors)
+        use.outputs = [OutputGradient(o, private=private, arrived=arrived) for o in outputs]
+        self._uses.append(use)
+
+    def _follow_attention(self, layer: Layer, leaves: Sequence[Any], outputs: Sequence[Tensor]) -> bool:
+        """Wait inside the graph of an attention layer; False if it has to be run again."""
+        module, length = layer.module, batch_length(layer.module, outputs)
+        if not isinstance(module, nn.MultiheadAttention) or length is None:
+            return False
+        fold, rest = divmod(length, self._batch_size)
+        if rest or (fold > 1 and layer.batch_dim != "folded"):
+            return False
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        projections = find_projections(module, layer.parameters, inputs, outputs)
+        if projections is None:
+            return False
+
+        def take(name: str, form: Form) -> None:
+            if self._verification is not None:
+                self._verification.add_form(layer.parameters[name], form)
+            self._take(layer.slots[name], form, layer)
+
+        attention = AttentionCall(layer.label, layer.parameters, length, fold, take)
+        attention.follow(projections, self._try)
+        self._attentions.append(attention)
+        return True
+
+    def _answer(self, use: Call) -> None:
+        """Apply the layer's rule; called by autograd when the gradient of the output is known."""
+        layer = use.layer
+        if use.fired:
+            raise use.reached_twice()
+        use.fired = True
+        grad = use.arrived_gradient()
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            seen, fold = use.seen(grad, self._batch_size)
+            self._take_forms(layer, dict(use.rule(layer.module, seen)), fold)
+        if self._verification is not None:
+            total = grad if use.shared is None else grad.sum(0)
+            self._verification.add_call(layer.module, layer.parameters, use.leaves, use.spec, total)
+        use.leaves = [None]  # autograd may free the input now
+
+    def _take_forms(self, layer: Layer, forms: dict[str, Form | Tensor], fold: int) -> None:
+        missing = set(layer.slots) - set(forms)
+        if missing:
+            raise PerExampleError(f"the rule for {layer.label} gave no gradient of {', '.join(sorted(missing))}")
+        for name, slot in layer.slots.items():
+            form = forms[name]
+            form = Dense(form) if isinstance(form, Tensor) else form
+            self._take(slot, form.merge(fold) if fold > 1 else form, layer)
+
+    def _take(self, slot: Slot, form: Form, layer: Layer) -> None:
+        """Square the gradient of one use, or keep it until the parameter's other uses are known."""
+        if slot.squared:
+            raise PerExampleError(
+                f"{layer.label} was used again after its gradient had been taken, as reentrant checkpointing of a "
+                "reused layer does: use checkpoint(..., use_reentrant=False)"
+            )
+        if slot.expected <= 1:
+            self._square(slot, [form])
+            return
+        slot.waiting.append(waiting(form, slot.shape))
+        if len(slot.waiting) == slot.expected:
+            self._square(slot, slot.waiting)
+
+    def _square(self, slot: Slot, forms: Sequence[Form]) -> None:
+        slot.squared = True
+        self._columns.add(slot, forms)
+        slot.waiting = []
+
+    def _watch_shared(self, loss: Tensor) -> None:
+        """Find what meets the batch only later: class tokens, position embeddings."""
+        bare = self._bare_parameters()
+        candidates = [use for use in self._uses if use.layer.rule is not None and self._may_be_shared(use)]
+        if not bare and not candidates:
+            return
+        self._broadcasts = Broadcasts(loss, self._batch_size)
+        for use in candidates:
+            output = use.outputs[0]
+            node, index = output.edge
+            if node is not None and self._broadcasts.meets_batch(node, index, output.shape):
+                use.shared = self._broadcasts.collect(node, index, output.shape)
+                if use.shared is None:
+                    raise PerExampleError(
+                        f"all examples share the result of {use.layer.label} and it is not only added to the batch: "
+                        "expand it to the batch first, or leave its parameters out of the measured ones"
+                    )
+        for parameters in bare:
+            found = [
+                (p, self._broadcasts.collect(accumulation_node(p), 0, p.shape))
+                for p in parameters
+                if self._broadcasts.is_used(accumulation_node(p))
+            ]
+            # with one parameter that needs the module run again, all are found that way, with all its checks
+            if all(shared is not None for _, shared in found):
+                self._shared_parameters |= {id(p): (p, shared) for p, shared in found if shared is not None}
+
+    def _bare_parameters(self) -> list[list[nn.Parameter]]:
+        """List the parameters of modules without a rule, where no layer with a rule answers for them too."""
+        ruled = {id(p) for layer in self._layers if layer.rule is not None for p in layer.parameters.values()}
+        called = {id(use.layer): use.layer for use in self._uses if use.layer.rule is None}
+        # modules that are known to turn their tensors around inside are run again
+        groups = [list(layer.parameters.values()) for layer in called.values() if not has_own_axes(layer.module)]
+        return [group for group in groups if not any(id(p) in ruled for p in group)]
+
+    def _names_of_shared(self) -> list[tuple[str, ...]]:
+        return [("", str(index)) for index, p in enumerate(self._parameters) if id(p) in self._shared_parameters]
+
+    def _may_be_shared(self, use: Call) -> bool:
+        """Whether the output may have no batch dimension; one of T == B positions looks like a batch."""
+        dim = use.layer.axis
+        shape = use.outputs[0].shape
+        return not use.input_has_history or len(shape) <= dim or shape[dim] != self._batch_size
+
+    def _finish(self) -> None:
+        with torch.no_grad():
+            self._take_shared_parameters()
+            for attention in self._attentions:
+                attention.finish()
+            for use in self._uses:
+                use.check_seen()
+                if use.layer.rule is None:
+                    self._run_again(use)
+            # some uses of a parameter may have no gradient: an output that the loss does not depend on
+            for slot in self._slots:
+                if slot.waiting:
+                    self._square(slot, slot.waiting)
+
+    def _take_shared_parameters(self) -> None:
+        for layer in self._layers:
+            for name, parameter in layer.parameters.items():
+                _, shared = self._shared_parameters.get(id(parameter), (None, None))
+                slot = layer.slots.get(name)
+                if shared is None or shared.grad is None or slot is None or slot.squared:
+                    continue
+                if self._verification is not None:
+                    self._verification.add_part(parameter, shared.grad.sum(0))
+                self._square(slot, [Dense(shared.grad)])
+
+    def _run_again(self, use: Call) -> None:
+        """Apply the generic rule."""
+        layer = use.layer
+        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared_parameters}
+        if not parameters or not any(o.arrivals for o in use.outputs):
+            return
+        rerun = use.rerun(parameters, self._batch_size)
+        recording, self._recording = self._recording, False
+        try:
+            gradients = layer.generic(rerun, self._batch_size, layer.label)
+        finally:
+            self._recording = recording
+        for name, grad in gradients.items():
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            if self._verification is not None:
+                self._verification.add_part(parameters[name], wide.sum(0))
+            self._take(layer.slots[name], Dense(wide), layer)

@@ -1,0 +1,129 @@
+"""Whether what was seen of a step is all there was: the parts must add up to each parameter's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_wn.per_example.engine.rerun import RawForward
+from lightning_wn.per_example.rules.errors import PerExampleError
+from lightning_wn.per_example.rules.gradients import Form, dense_chunks
+
+_SAMPLED = 2048
+
+
+class Verification:
+    """Compares a sample of every parameter's gradient with the sum of what the layers saw of it.
+
+    A layer's part is computed by autograd from the input and the output gradient that its rule was given. So a
+    parameter that is used past its module's forward, a missed call or an output gradient from the wrong
+    place are found; the rules themselves are not in question here.
+
+    Args:
+        model: The model, for names.
+        parameters: The measured parameters.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._parameters = parameters
+        self._arrived: dict[int, Tensor] = {}
+        self._expected: dict[int, Tensor] = {}
+        self._low_precision = False
+        self._handles = [p.register_hook(self._hook(id(p))) for p in parameters]  # type: ignore[no-untyped-call]  # torch's
+
+    def _hook(self, key: int) -> Any:
+        def see(grad: Tensor) -> None:
+            self._low_precision |= grad.dtype.itemsize < 4
+            self._arrived[key] = self._arrived.get(key, 0.0) + _sample(grad)
+
+        return see
+
+    def add_call(
+        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], leaves: Sequence[Any], spec: Any, grad: Tensor
+    ) -> None:
+        """Add the part of one call of a layer that has a rule."""
+        self._low_precision |= grad.dtype.itemsize < 4
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            free = {name: p.detach().to(wide).requires_grad_() for name, p in parameters.items()}
+            others = {name: t.detach().to(wide) for name, t in module.named_parameters() if name not in free}
+            # the module may update its buffers, but not twice a step
+            buffers = {name: t.to(wide) if t.is_floating_point() else t.clone() for name, t in module.named_buffers()}
+            buffers = {name: t.clone() for name, t in buffers.items()}
+            state = {f"inner.{name}": t for name, t in (others | free | buffers).items()}
+            leaves = [t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            output = torch.func.functional_call(RawForward(module), state, args, kwargs)
+            parts = torch.autograd.grad(output, list(free.values()), grad.to(wide), allow_unused=True)
+        for parameter, part in zip(parameters.values(), parts, strict=True):
+            if part is not None:
+                self.add_part(parameter, part)
+
+    def add_part(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """Add a part of one parameter's gradient."""
+        sample = _sample(part)
+        known = self._expected.get(id(parameter))
+        self._expected[id(parameter)] = sample if known is None else known + sample
+
+    def add_form(self, parameter: nn.Parameter, form: Form) -> None:
+        """Add the part of a parameter's gradient that is known example by example."""
+        for some in dense_chunks([form], parameter.shape):
+            self.add_part(parameter, some.sum(0))
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check(self) -> bool:
+        """Compare; waits for the device.
+
+        Returns:
+            False if nothing can be said, because a gradient is not finite.
+
+        Raises:
+            PerExampleError: If a parameter's gradient has parts that were not seen.
+        """
+        names: list[str] = []
+        rows: list[tuple[Tensor, Tensor]] = []
+        for parameter in self._parameters:
+            arrived, expected = self._arrived.get(id(parameter)), self._expected.get(id(parameter))
+            if arrived is None and expected is None:
+                continue
+            some = arrived if arrived is not None else expected
+            assert some is not None
+            arrived = torch.zeros_like(some) if arrived is None else arrived
+            expected = torch.zeros_like(some) if expected is None else expected
+            wide = torch.promote_types(arrived.dtype, torch.float32)
+            names.append(self._names[id(parameter)])
+            rows.append(((arrived - expected).to(wide).norm().cpu(), arrived.to(wide).norm().cpu()))
+        if not rows:
+            return True
+        differences = torch.stack([d.double() for d, _ in rows])
+        sizes = torch.stack([s.double() for _, s in rows])
+        if not bool(torch.isfinite(sizes).all()):
+            return False
+        tolerance = 5e-2 if self._low_precision else 1e-3
+        # a gradient that is zero but for rounding (the key bias of attention) is judged by the others
+        wrong = ~(differences <= tolerance * (sizes + 1e-2 * sizes.max()))
+        if bool(wrong.any()):
+            name = names[int(wrong.nonzero()[0])]
+            raise PerExampleError(
+                f"parameter {name!r} got a gradient that its module's forward does not account for (it is used "
+                "past that forward, or the module mixes examples): register the module that uses it with "
+                "`measure_as_one`, or leave it out of the measured parameters"
+            )
+        return True
+
+
+def _sample(grad: Tensor) -> Tensor:
+    grad = grad.detach()
+    flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+    flat = flat[:: max(1, len(flat) // _SAMPLED)]
+    return flat.to(torch.promote_types(flat.dtype, torch.float32)).clone()

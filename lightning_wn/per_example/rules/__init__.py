@@ -1,0 +1,1 @@
+"""One rule per layer type: its gradient, example by example, from its input and its output's gradient."""

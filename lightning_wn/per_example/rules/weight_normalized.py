@@ -1,0 +1,160 @@
+"""Weights that are computed from a gain g and a direction v: gradients by g and v from the gradient by w.
+
+With w_o = v_o · g_o/‖v_o‖ for every unit o, v̂ = v/‖v‖ and G the gradient by w (Salimans & Kingma,
+arXiv 1602.07868, equation 3): ∂g_o = <G_o, v̂_o> and ∂v_o = g_o/‖v_o‖ · (G_o - <G_o, v̂_o> v̂_o). Their squared
+norms need two numbers a unit: row² = |G_o|² and along = <G_o, v̂_o>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_forms, dense_chunks, dense_sum
+from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
+from lightning_wn.weight_norm.core.torch_weight_norm import is_legacy_hook
+
+
+@dataclass(frozen=True)
+class WeightNormed:
+    """How one weight is made of g and v.
+
+    Attributes:
+        gain: The parameter g.
+        direction: The parameter v, of the shape of the weight.
+        units: Brings a weight into the shape (units, ...), in the order of g.
+        norm: Computes the norm of each unit of v, of any shape with one element a unit.
+        leading: Whether the units are the rows of the weight's first dimension.
+    """
+
+    gain: nn.Parameter
+    direction: nn.Parameter
+    units: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    leading: bool
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The pair (g, v)."""
+        return self.gain, self.direction
+
+    @torch.no_grad()
+    def squared_norms(self, forms: Sequence[Form], shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return |∂g|² and |∂v|² per example, each of shape (B,).
+
+        Args:
+            forms: The gradient by w of each use of the weight.
+            shape: The shape of the weight.
+        """
+        ratio, unit = self._ratio_and_unit(_dtype(forms[0]))
+        row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio.square(), self)
+        along_sq = along.square()
+        # rounding can make the difference of a gradient along v̂ negative
+        return along_sq.sum(1), (ratio_sq * (row_sq - along_sq).clamp_min(0)).sum(1)
+
+    @torch.no_grad()
+    def preconditioned(
+        self, forms: Sequence[Form], shape: torch.Size, gain: Tensor | None, direction: Tensor | None
+    ) -> Tensor:
+        """Return |∂g / gain|² + |∂v / direction|² per example, shape (B,).
+
+        Args:
+            forms: The gradient by w of each use of the weight.
+            shape: The shape of the weight.
+            gain: What to divide the gradient by g by, of its shape; None where g is not measured.
+            direction: The same for v.
+        """
+        ratio, unit = self._ratio_and_unit(_dtype(forms[0]))
+        chunks: list[Tensor] = []
+        for grad in dense_chunks(add_forms(forms, shape), shape):
+            by_unit = torch.vmap(self.units)(grad).flatten(2)
+            along = (by_unit * unit).sum(2)
+            total = torch.zeros_like(along[:, 0])
+            if gain is not None:
+                total = total + (along / gain.to(along.dtype).flatten()).square().sum(1)
+            if direction is not None:
+                by_direction = ratio.unsqueeze(1) * (by_unit - along.unsqueeze(2) * unit)
+                divided = by_direction / self.units(direction).to(along.dtype).flatten(1)
+                total = total + divided.square().sum((1, 2))
+            chunks.append(total)
+        return torch.cat(chunks)
+
+    def _ratio_and_unit(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return g/‖v‖, shape (units,), and v̂, shape (units, elements of a unit)."""
+        norm = self.norm(self.direction).to(dtype).flatten()
+        # a unit without direction counts as if its norm were 1, and then its v̂ is 0
+        norm = norm.masked_fill(norm == 0, 1.0)
+        unit = self.units(self.direction.detach()).to(dtype).flatten(1) / norm.unsqueeze(1)
+        return self.gain.detach().to(dtype).flatten() / norm, unit
+
+
+def _dtype(form: Form) -> torch.dtype:
+    if isinstance(form, Outer):
+        return form.left.dtype
+    return form.values.dtype if isinstance(form, Rows) else form.grad.dtype
+
+
+def _by_unit(
+    forms: Sequence[Form], shape: torch.Size, unit: Tensor, ratio_sq: Tensor, weight: WeightNormed
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row² and along, each (B, units), and g²/‖v‖² of the same units."""
+    if weight.leading and len(forms) == 1:
+        (form,) = forms
+        if isinstance(form, Outer):
+            row_sq, along = form.by_row(unit.reshape(form.left.shape[1], -1, unit.shape[1]))
+            return row_sq, along, ratio_sq
+        if isinstance(form, Rows):
+            rows = form.distinct()
+            along = (rows.values * unit[rows.index]).sum(2)
+            return rows.values.square().sum(2), along, ratio_sq[rows.index]
+    grad = dense_sum(forms, shape)
+    by_unit = torch.vmap(weight.units)(grad).flatten(2)
+    return by_unit.square().sum(2), (by_unit * unit).sum(2), ratio_sq
+
+
+def weight_norm_of(module: nn.Module) -> WeightNormed | None:
+    """Find g and v if the module's ``weight`` is weight-normalized, in any spelling, and nothing else is done to it."""
+    parametrized: Any = getattr(module, "parametrizations", None)
+    if parametrized is not None and list(parametrized) == ["weight"] and len(parametrized.weight) == 1:
+        chain = parametrized.weight
+        step = chain[0]
+        if type(step) is WeightNorm:
+            return _of_this_package(chain.original0, chain.original1, step)
+        if type(step) is parametrizations._WeightNorm:
+            return _of_torch(chain.original0, chain.original1, step.dim)
+    for hook in module._forward_pre_hooks.values():
+        if is_legacy_hook(hook) and hook.name == "weight":  # type: ignore[attr-defined]  # torch's WeightNorm
+            g, v = module.weight_g, module.weight_v
+            return _of_torch(g, v, hook.dim)  # type: ignore[attr-defined, arg-type]  # where its hook puts them
+    return None
+
+
+def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNorm) -> WeightNormed:
+    layout = step.layout
+    return WeightNormed(
+        gain,
+        direction,
+        units=lambda weight: layout.by_unit(weight).flatten(0, layout.leading - 1),
+        norm=lambda weight: unit_norm(weight, layout),
+        leading=not (layout.transposed or layout.per_tensor),
+    )
+
+
+def _of_torch(gain: nn.Parameter, direction: nn.Parameter, dim: int | None) -> WeightNormed:
+    if dim is None or dim == -1:
+        # torch takes -1 for "no dimension": the whole weight is one unit
+        return WeightNormed(
+            gain, direction, lambda weight: weight.unsqueeze(0), lambda weight: weight.norm(), leading=False
+        )
+    return WeightNormed(
+        gain,
+        direction,
+        units=lambda weight: weight.movedim(dim, 0),
+        norm=lambda weight: torch.norm_except_dim(weight, 2, dim),
+        leading=dim == 0,
+    )

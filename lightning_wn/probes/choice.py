@@ -1,0 +1,52 @@
+"""Which probe reads a run, decided from facts: strategy, data-parallel ranks, accumulation, layers."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_wn.per_example.rules.errors import can_have_examples
+from lightning_wn.probes.base import Probe
+from lightning_wn.probes.consecutive import ConsecutiveProbe
+from lightning_wn.probes.micro_batch import MicroBatchProbe
+from lightning_wn.probes.per_example import PerExampleProbe
+from lightning_wn.probes.requirements import parameter_placement
+from lightning_wn.probes.sharded import ShardedProbe
+
+PROBES: dict[str, type[Probe]] = {
+    MicroBatchProbe.name: MicroBatchProbe,
+    ShardedProbe.name: ShardedProbe,
+    PerExampleProbe.name: PerExampleProbe,
+    ConsecutiveProbe.name: ConsecutiveProbe,
+}
+
+
+def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule, accumulation: int) -> str:
+    """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
+
+    ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has two or more micro-batches
+    over all ranks. On one device without accumulation ``per_example``, or ``consecutive`` for models that mix the
+    examples of a batch (BatchNorm) or are compiled, and for several optimizers.
+
+    Args:
+        wish: A probe's name or ``"auto"``.
+        trainer: The Trainer.
+        pl_module: The model.
+        accumulation: Micro-batches in an optimizer step of each rank.
+
+    Raises:
+        ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
+    """
+    sharded = parameter_placement(trainer.strategy) == "sharded"
+    if wish == "auto":
+        if sharded:
+            return ShardedProbe.name
+        if trainer.world_size * accumulation >= 2:
+            return MicroBatchProbe.name
+        whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
+        return PerExampleProbe.name if whole else ConsecutiveProbe.name
+    if sharded != (wish == ShardedProbe.name):
+        raise ValueError(
+            f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "
+            f"which takes {ShardedProbe.name!r} under ModelParallelStrategy and another probe elsewhere."
+        )
+    return wish

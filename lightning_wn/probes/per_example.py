@@ -1,0 +1,187 @@
+"""Probe: one gradient sample is one example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
+from lightning_wn.per_example.engine.norms import PerExampleNorms
+from lightning_wn.per_example.rules.errors import PerExampleError
+from lightning_wn.probes.base import Probe
+
+_Result = TypeVar("_Result")
+
+_ALTERNATIVES = (
+    "`Trainer(accumulate_grad_batches=2)` or more measures any model exactly, and `probe='consecutive'` approximately."
+)
+
+
+class PerExampleProbe(Probe):
+    """Takes every example's own squared gradient norm out of the ordinary backward pass.
+
+    With B_small = 1 the variance of tr(Σ) is the lowest that a batch can give. One device, layers that do not
+    mix examples. What cannot be measured exactly is an error at the first measured step; if it first shows
+    later, that step is left out with a warning.
+    """
+
+    name: ClassVar[str] = "per_example"
+    # a measured step costs about 1.3 plain ones
+    default_every_n_steps: ClassVar[int] = 100
+    watches_forward: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._measured = MeasuredParameters(())
+        self._norms: PerExampleNorms | None = None
+        self._has_measured = False
+        self._warned = False
+        self._failed = False
+        self._by_example: Tensor | None = None
+        self._sq_norms: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._examples: float | Tensor = 0.0
+        self._total_weight = 0.0
+        self._micro_batches = 0
+
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
+        """Raise ValueError on several devices and for models that mix examples or are compiled."""
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"`probe='per_example'` is for one device, and this run has {trainer.world_size} ranks, whose "
+                "gradients are exact samples; use `probe='auto'`."
+            )
+        if len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"`probe='per_example'` follows one backward pass through the whole model, and this run has "
+                f"{len(trainer.optimizers)} optimizers; use `probe='consecutive'`, or `probe='auto'`, which takes it."
+            )
+        if wrapped:
+            self._attach(pl_module, MeasuredParameters([p for p in pl_module.parameters() if p.requires_grad]))
+            self.detach()
+
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
+        """Start a step; the hooks are set anew only where the parameters changed."""
+        if self._norms is None or model is not self._model or measured is not self._measured:
+            self.detach()
+            self._attach(model, measured)
+        self._forget_step()
+
+    def before_forward(self, count: BatchCount) -> None:
+        """Record this micro-batch's layers."""
+        self._by_example = count.by_example
+        self._try(lambda norms: norms.before_forward(_examples_in(count)))
+
+    def before_backward(self, loss: Tensor | None = None) -> None:
+        """Let the rules look at the graph of the loss."""
+        if loss is not None:
+            self._try(lambda norms: norms.before_backward(loss))
+
+    def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
+        """Close one micro-batch: the loss was ``weight * loss_scale`` times a mean over what is counted.
+
+        An example that counts n_i of n has n_i / n of the weight; what it adds to the gradient is that share of its own
+        mean gradient, and one that counts nothing adds nothing.
+        """
+        sq_norms = self._try(lambda norms: norms.after_backward())
+        if sq_norms is None:
+            return
+        device = sq_norms.device
+        dtype = summing_dtype(device)
+        scale = weight if loss_scale is None else weight * loss_scale.to(dtype)
+        counts = torch.ones(len(sq_norms), device=device, dtype=dtype)
+        if self._by_example is not None:
+            counts = self._by_example.to(device, dtype)
+        counted = counts > 0
+        share = counts / counts.sum()
+        own = torch.where(counted, 1.0 / (share * scale), 0.0).square()
+        self._sq_norms.append(sq_norms.to(dtype) * own.reshape(-1, *[1] * (sq_norms.ndim - 1)))
+        self._sizes.append(torch.where(counted, counts, 1.0))
+        self._weights.append(weight * share)
+        self._examples = self._examples + size
+        self._total_weight += weight
+        self._micro_batches += 1
+
+    def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
+        """Take the norm of the optimizer's gradient over the measured parameters."""
+        if self._failed or not self._weights or self._norms is None:
+            return None
+        dtype = self._sq_norms[0].dtype
+        factor = 1.0 / self._total_weight
+        scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+        self._has_measured = True
+        return GradientSamples(
+            sq_norms=torch.cat(self._sq_norms),
+            sizes=torch.cat(self._sizes),
+            weights=torch.cat(self._weights),
+            grad_sq_norm=self._measured.sq_norms_of_optimizers_gradient(scale),
+            examples=self._examples,
+            micro_batches=self._micro_batches,
+            full=full,
+        )
+
+    def detach(self) -> None:
+        """Remove the hooks and forget the step."""
+        if self._norms is not None:
+            self._norms.detach()
+        self._norms = None
+        self._model = None
+        self._measured = MeasuredParameters(())
+        self._forget_step()
+
+    def _attach(self, model: nn.Module, measured: MeasuredParameters) -> None:
+        try:
+            norms = PerExampleNorms(
+                model, measured.parameters, groups=measured.groups, denominator=measured.denominator
+            )
+            norms.attach()
+        except PerExampleError as error:
+            self._refuse(error)
+            return
+        self._norms, self._model, self._measured = norms, model, measured
+        seen = sum(p.numel() for p in norms.parameters)
+        self.coverage = seen / max(sum(p.numel() for p in measured.parameters), 1)
+
+    def _try(self, call: Callable[[PerExampleNorms], _Result]) -> _Result | None:
+        """Call the engine; what it refuses is an error at first, and a step left out later."""
+        if self._failed or self._norms is None:
+            return None
+        try:
+            return call(self._norms)
+        except PerExampleError as error:
+            self._failed = True
+            self._refuse(error)
+            return None
+
+    def _refuse(self, error: PerExampleError) -> None:
+        if self.strict and not self._has_measured:
+            self.detach()
+            raise ValueError(f"`probe='per_example'`: {error}. {_ALTERNATIVES}") from error
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"`probe='per_example'` leaves out steps, and says so once: {error}. {_ALTERNATIVES}")
+
+    def _forget_step(self) -> None:
+        self._failed = False
+        self._by_example = None
+        self._sq_norms, self._sizes, self._weights = [], [], []
+        self._examples, self._total_weight, self._micro_batches = 0.0, 0.0, 0
+
+
+def _examples_in(count: BatchCount) -> int:
+    if count.by_example is not None:
+        return len(count.by_example)
+    if isinstance(count.total, Tensor) or count.total != int(count.total):
+        raise PerExampleError(
+            f"the number of examples in a batch is needed, and `batch_size_fn` gave {count.total!r}: return a whole "
+            "number, or a tensor with what each example counts, as its tokens, `mask.sum(1)`"
+        )
+    return int(count.total)

@@ -1,0 +1,1 @@
+"""What becomes of a run: figures, histories read back from loggers, and the HTML page."""

@@ -1,0 +1,100 @@
+"""What the callback and its probes have to know of a Lightning run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+_SYNC_STEPS_WITHOUT_LOGGING = 50
+
+
+def loss_scale(trainer: Trainer, device: torch.device) -> Tensor | None:
+    """Return the gradient scaler's factor, on the device; `get_scale()` would wait for it."""
+    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else scaler.scale(torch.ones((), device=device))
+
+
+def has_loss_scaler(trainer: Trainer) -> bool:
+    """Whether gradients carry the factor of a scaler during backward."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def log_interval(trainer: Trainer) -> int:
+    """Return ``Trainer(log_every_n_steps=...)``; 0 is never."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set outside Trainer.__init__
+
+
+def first_accumulation(trainer: Trainer) -> int:
+    """Return the micro-batches of the first optimizer step, as far as it is known before training starts."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return int(callback.get_accumulate_grad_batches(trainer.current_epoch))
+    return int(trainer.accumulate_grad_batches)
+
+
+def step_to_log(trainer: Trainer) -> int:
+    """Return the step that Lightning writes beside its own metrics of this batch, as its callbacks do."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Whether estimates are synchronised and logged after this batch, which ended an optimizer step."""
+    return (step_to_log(trainer) + 1) % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0
+
+
+def largest_accumulation(trainer: Trainer) -> int:
+    """Return the most micro-batches per optimizer step that the run is known to reach."""
+    factors = [trainer.accumulate_grad_batches]
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            factors += callback.scheduling.values()
+    return max(factors)
+
+
+def training_step_output(model: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """Return what ``training_step`` gives; its ``batch_idx`` is optional, as it is for the Trainer."""
+    step: Any = model.training_step
+    return step(batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+
+
+def require_lightning_trainer(trainer: object, callback_name: str) -> None:
+    """Raise if the Trainer is ``pytorch_lightning``'s, whose classes are not ``lightning.pytorch``'s.
+
+    The two packages hold the same code under two names, so a callback of one runs in a Trainer of the
+    other and every ``isinstance`` in it silently says no.
+
+    Args:
+        trainer: The Trainer that calls the callback.
+        callback_name: The callback's name for the error.
+
+    Raises:
+        TypeError: If the Trainer's class comes from ``pytorch_lightning``.
+
+    Example:
+        >>> require_lightning_trainer(pl.Trainer(logger=False, barebones=True), "MyCallback")
+    """
+    if isinstance(trainer, pl.Trainer):
+        return
+    if any(cls.__module__.partition(".")[0] == "pytorch_lightning" for cls in type(trainer).__mro__):
+        raise TypeError(
+            f"{callback_name} is a `lightning.pytorch` callback and cannot work in a Trainer from the "
+            "package `pytorch_lightning`, whose classes are different ones: write "
+            "`import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`, for the Trainer "
+            "and for the LightningModule."
+        )
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """Return the Trainer's callbacks, in the order in which their hooks run.
+
+    Example:
+        >>> callbacks_of(pl.Trainer(logger=False, barebones=True, callbacks=[Callback()]))[0].state_key
+        'Callback'
+    """
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector

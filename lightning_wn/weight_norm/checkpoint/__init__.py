@@ -1,0 +1,1 @@
+"""Weights in files: state dicts with plain weights, and g and v beside them for an exact resume."""

@@ -1,0 +1,203 @@
+"""Bad input gets one clear sentence, before training where possible."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from helpers.frozen_digits import QUIET, DigitsMLP, digits, loader
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
+
+from lightning_wn import GradientNoiseScaleCallback
+from lightning_wn.noise_scale.batch_counting import count_examples
+from lightning_wn.probes.requirements import parameter_placement
+
+
+@pytest.mark.parametrize("decay", [-0.01, 1.01, math.nan])
+def test_ema_decay(decay):
+    with pytest.raises(ValueError, match=r"`ema_decay` must lie in \[0, 1\], got .*; 0.99 smooths over about 100"):
+        GradientNoiseScaleCallback(ema_decay=decay)
+
+
+def test_unknown_probe():
+    with pytest.raises(
+        ValueError,
+        match=r"`probe` must be one of \['auto', 'micro_batch', 'sharded', 'per_example', 'consecutive'\], got 'micro'",
+    ):
+        GradientNoiseScaleCallback("micro")
+
+
+@pytest.mark.parametrize("every_n_steps", [0, -1, 2.5])
+def test_every_n_steps(every_n_steps):
+    with pytest.raises(ValueError, match="`every_n_steps` must be a positive whole number of optimizer steps"):
+        GradientNoiseScaleCallback(every_n_steps=every_n_steps)
+
+
+@pytest.mark.parametrize("half_life", [0, -3, math.nan])
+def test_half_life_steps(half_life):
+    with pytest.raises(ValueError, match="`half_life_steps` must be a positive number of optimizer steps"):
+        GradientNoiseScaleCallback(half_life_steps=half_life)
+
+
+def test_decay_and_half_life():
+    with pytest.raises(ValueError, match="say the same thing twice; give one of them"):
+        GradientNoiseScaleCallback(ema_decay=0.9, half_life_steps=100)
+
+
+def test_confidence():
+    with pytest.raises(ValueError, match="`confidence` must lie between 0 and 1, exclusive, got 95"):
+        GradientNoiseScaleCallback(confidence=95)
+
+
+def test_arguments_after_the_first_are_keywords():
+    with pytest.raises(TypeError):
+        GradientNoiseScaleCallback("auto", 5)
+
+
+def refuse(match, model=None, data=None, error=ValueError, callbacks=(), probe="auto", **settings):
+    """Fit, and expect the error before any weight changed."""
+    model = model or DigitsMLP(lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = QUIET | {"max_steps": 4, "accumulate_grad_batches": 2} | settings
+    trainer = L.Trainer(callbacks=[GradientNoiseScaleCallback(probe), *callbacks], **settings)
+    with pytest.raises(error, match=match) as caught:
+        trainer.fit(model, data or loader(digits()))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_micro_batches_on_one_device_without_accumulation():
+    sentence = r"has one batch size only; set `Trainer\(accumulate_grad_batches=2\)` or more"
+    refuse(sentence, probe="micro_batch", accumulate_grad_batches=1)
+
+
+def test_no_trainable_parameters():
+    refuse("holds no parameter with `requires_grad=True`", DigitsMLP(lr=0.1).requires_grad_(False))
+
+
+def test_sparse_gradients():
+    class Sparse(DigitsMLP):
+        def __init__(self):
+            super().__init__(lr=0.1)
+            self.embedding = nn.Embedding(5, 3, sparse=True)
+
+    refuse("cannot read sparse gradients, and 'embedding' was built with `sparse=True`", Sparse())
+
+
+def test_batch_tensors_that_disagree():
+    class Detection(DigitsMLP):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["pair"], batch_idx)
+
+    # a collating DataLoader would batch the boxes too
+    class Batches(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return {"pair": digits()[:32], "boxes": torch.zeros(77, 4)}
+
+    data = torch.utils.data.DataLoader(Batches(), batch_size=None)
+    refuse(r"tensors of first dimension \[32, 77\]; pass `batch_size_fn`", Detection(lr=0.1), data)
+
+
+def test_batch_without_tensors():
+    with pytest.raises(ValueError, match=r"type str cannot be inferred: it holds no tensor.*pass `batch_size_fn`"):
+        count_examples("batch", None)
+    with pytest.raises(ValueError, match="pass `batch_size_fn`"):
+        count_examples({"scalar": torch.tensor(3.0)}, None)
+    with pytest.raises(ValueError, match="pass `batch_size_fn`"):
+        count_examples(torch.zeros(0, 3), None)
+
+
+@pytest.mark.parametrize("count", [0, -1, math.nan, math.inf, None, "8", [8], torch.ones(2, 2)], ids=repr)
+def test_batch_size_fn_result(count):
+    with pytest.raises(ValueError, match="`batch_size_fn` must return the positive number of examples"):
+        count_examples(torch.zeros(3), lambda batch: count)
+
+
+@pytest.mark.parametrize("count", [8, 8.0, np.int64(8), torch.tensor(8), torch.tensor([8.0], requires_grad=True)])
+def test_batch_size_fn_results_that_are_numbers(count):
+    counted = count_examples(torch.zeros(3), lambda batch: count).total
+    assert float(counted) == 8
+    assert not isinstance(counted, torch.Tensor) or (counted.ndim == 0 and not counted.requires_grad)
+
+
+def test_batch_sizes_that_can_be_inferred():
+    class Named(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
+    @dataclass
+    class Record:
+        x: torch.Tensor
+        tag: str
+
+    x = torch.zeros(6, 2)
+    for batch in (x, (x, x[:, 0]), [x, {"y": x, "step": torch.tensor(1)}], Named(x, x), Record(x, "a")):
+        assert count_examples(batch, None).total == 6
+
+
+def bare(strategy_class):
+    return object.__new__(strategy_class)
+
+
+@pytest.mark.parametrize(
+    "strategy_class", [DeepSpeedStrategy, FSDPStrategy, XLAStrategy, SingleDeviceXLAStrategy], ids=lambda c: c.__name__
+)
+def test_unsupported_strategies(strategy_class):
+    with pytest.raises(ValueError, match=f"cannot read per-rank gradients under {strategy_class.__name__}; use"):
+        parameter_placement(bare(strategy_class))
+
+
+def test_supported_strategies():
+    class OwnDDP(DDPStrategy):
+        pass
+
+    class OwnDeepSpeed(DeepSpeedStrategy):
+        pass
+
+    for strategy_class in (SingleDeviceStrategy, DDPStrategy, OwnDDP):
+        assert parameter_placement(bare(strategy_class)) == "replicated"
+    assert parameter_placement(bare(ModelParallelStrategy)) == "sharded"
+    with pytest.raises(ValueError, match="OwnDeepSpeed"):
+        parameter_placement(bare(OwnDeepSpeed))
+
+
+def test_strategy_that_nobody_here_knows():
+    class Unknown(Strategy):
+        pass
+
+    Unknown.__abstractmethods__ = frozenset()
+    with pytest.raises(ValueError, match="cannot read per-rank gradients under Unknown"):
+        parameter_placement(bare(Unknown))
+
+
+def test_trainer_of_the_other_package():
+    class Trainer:
+        pass
+
+    Trainer.__module__ = "pytorch_lightning.trainer.trainer"
+    with pytest.raises(
+        TypeError, match=r"a Trainer from the package `pytorch_lightning`.*write `import lightning.pytorch as pl`"
+    ):
+        GradientNoiseScaleCallback().setup(Trainer(), DigitsMLP(), "fit")
+
+
+def test_a_probe_for_another_strategy():
+    refuse("`probe='sharded'` cannot read gradients under SingleDeviceStrategy; use `probe='auto'`", probe="sharded")
