@@ -1,4 +1,4 @@
-"""Columns of text beside each other."""
+"""How numbers, names and tables are written for people."""
 
 from __future__ import annotations
 

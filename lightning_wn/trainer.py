@@ -1,7 +1,8 @@
-"""What the callback and its probes have to know of a Lightning run."""
+"""What is read of a Trainer, and how numbers are handed to its loggers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,6 +47,13 @@ def step_to_log(trainer: Trainer) -> int:
 def is_log_step(trainer: Trainer) -> bool:
     """Whether estimates are synchronised and logged after this batch, which ended an optimizer step."""
     return (step_to_log(trainer) + 1) % (log_interval(trainer) or _SYNC_STEPS_WITHOUT_LOGGING) == 0
+
+
+def log_metrics(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    """Hand numbers to ``trainer.callback_metrics`` and to all loggers, beside :func:`step_to_log`'s step."""
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
 
 
 def largest_accumulation(trainer: Trainer) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
+from lightning_wn.noise_scale.samples import GradientSamples
+from lightning_wn.summing import summing_dtype
 
 
 def curvature_samples(

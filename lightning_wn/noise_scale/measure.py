@@ -18,7 +18,8 @@ from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_sam
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.noise_scale.norms import sum_of_squares
-from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
+from lightning_wn.noise_scale.samples import GradientSamples
+from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import training_step_output
 
 LossFn = Callable[[Any, Any], Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_wn.module_selectors import ModuleSelection, as_selectors, matcher, show_selection
 from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype
-from lightning_wn.noise_scale.samples import summing_dtype
+from lightning_wn.summing import summing_dtype
 
 Denominator = Callable[[nn.Parameter], Tensor | None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_wn.arguments import check_confidence
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.samples import (
     ROW_SIZE,
@@ -304,9 +304,3 @@ def check_ema_decay(ema_decay: float) -> None:
             f"`ema_decay` must lie in [0, 1], got {ema_decay!r}; 0.99 smooths over about 100 measurements and "
             "1 is the plain mean."
         )
-
-
-def check_confidence(confidence: float) -> None:
-    """Raise ValueError unless ``confidence`` lies strictly between 0 and 1."""
-    if not 0.0 < confidence < 1.0 or math.isnan(confidence):
-        raise ValueError(f"`confidence` must lie between 0 and 1, exclusive, got {confidence!r}; 0.95 is usual.")

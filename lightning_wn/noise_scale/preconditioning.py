@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_wn.noise_scale.samples import summing_dtype
+from lightning_wn.summing import summing_dtype
 
 _SECOND_MOMENT = "exp_avg_sq"
 _WITHOUT_SECOND_MOMENT = (

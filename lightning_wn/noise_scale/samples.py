@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_wn.noise_scale.statistics import solve_noise_scale
+from lightning_wn.summing import summing_dtype
 
 NUM_CHECKSUMS = 4
 """Random projections of the gradient that travel with the samples."""
@@ -193,11 +194,6 @@ def _checksums_differ(row: Sequence[float], tolerance: float) -> bool:
         if max(abs(check / weight - mean), spread) > allowed:
             return True
     return False
-
-
-def summing_dtype(device: torch.device) -> torch.dtype:
-    """Return float64 where the device has it: small and big squared norms nearly cancel at large batches."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:

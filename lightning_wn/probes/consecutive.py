@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
+from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import Probe
+from lightning_wn.summing import summing_dtype
 
 
 class ConsecutiveProbe(Probe):

@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import norm_dtype
-from lightning_wn.noise_scale.samples import GradientSamples, summing_dtype
+from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import Probe
 from lightning_wn.probes.checksums import _choose_projections, _project, _Projection
 from lightning_wn.probes.requirements import require_independent_ranks
+from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import largest_accumulation
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_wn.summing import summing_dtype
 from lightning_wn.weight_norm.core.cache import forget, set_aside
 from lightning_wn.weight_norm.core.mean_only_batch_norm import gives_pre_activations, mean_only_of, unit_dim
 from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, weight_norm_chains, weight_norm_of
@@ -383,7 +384,7 @@ def unit_moments(values: Tensor, dim: int) -> UnitMoments:
         >>> moments.mean, moments.variance
         (tensor([2., 5.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    wide = summing_dtype(values.device)
     rows = values.movedim(dim, 0).reshape(values.shape[dim], -1)
     count = torch.tensor(float(rows.shape[1]), dtype=wide, device=rows.device)
     mean = rows.sum(1, dtype=wide) / count.clamp_min(1.0)

@@ -37,7 +37,7 @@ from lightning_wn.callbacks.scheduler_clock import SchedulerClock
 from lightning_wn.callbacks.whole_windows import WholeWindows
 from lightning_wn.callbacks.worker_results import Mailbox
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
-from lightning_wn.trainer import is_log_step, log_interval, require_lightning_trainer, step_to_log
+from lightning_wn.trainer import is_log_step, log_interval, log_metrics, require_lightning_trainer, step_to_log
 
 _CLOCKS = ("auto", "batches", "steps")
 
@@ -425,10 +425,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
                 values["target_batch_size"] = self._rule.wished_batch_size(
                     self._factor, micro_batch=micro_batch, lower=estimate.lower, upper=estimate.upper
                 )
-        values = {f"{self.prefix}/{key}": value for key, value in values.items()}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step_to_log(trainer))
+        log_metrics(trainer, {f"{self.prefix}/{key}": value for key, value in values.items()}, step_to_log(trainer))
 
     def _post_mail(self) -> None:
         state = self._state()

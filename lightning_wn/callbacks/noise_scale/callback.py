@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_wn.arguments import check_confidence
 from lightning_wn.batch_size.advice import BatchSizeAdvice, RunConfiguration, advise_batch_size
 from lightning_wn.callbacks.noise_scale.arguments import DEFAULT_EMA_DECAY, check_cadence, check_choice
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
@@ -31,11 +32,7 @@ from lightning_wn.module_selectors import ModuleSelector
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.drawing import import_pyplot
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.metric import (
-    GradientNoiseScale,
-    check_confidence,
-    synchronize_together,
-)
+from lightning_wn.noise_scale.metric import GradientNoiseScale, synchronize_together
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.probes.choice import PROBES, choose_probe
 from lightning_wn.probes.micro_batch import MicroBatchProbe
@@ -634,9 +631,7 @@ class GradientNoiseScaleCallback(Callback):
             return
         self._last_logged_step = self._step_to_log
         self._history.append(self._step_to_log, values)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=self._step_to_log)
+        log_metrics(trainer, values, self._step_to_log)
 
     def _log_figures(self, trainer: Trainer) -> None:
         for index, measurement in enumerate(self._measurements):
