@@ -39,7 +39,14 @@ from lightning_wn.probes.micro_batch import MicroBatchProbe
 from lightning_wn.probes.requirements import require_dense_gradients
 from lightning_wn.reports.logged_history import LoggedHistory
 from lightning_wn.reports.loggers import add_margin_chart, log_figure_to
-from lightning_wn.trainer import first_accumulation, is_log_step, log_interval, require_lightning_trainer, step_to_log
+from lightning_wn.trainer import (
+    first_accumulation,
+    is_log_step,
+    log_interval,
+    log_metrics,
+    require_lightning_trainer,
+    step_to_log,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
