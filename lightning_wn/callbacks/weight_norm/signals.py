@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from lightning_wn.trainer import is_log_step, log_interval, log_metrics, step_to_log
 from lightning_wn.weight_norm.checkpoint.exact_resume import KEY, named_chains
 from lightning_wn.weight_norm.core.normalized_module import g_and_v, weight_norm_in
 from lightning_wn.weight_norm.core.parametrization import unit_norm
@@ -89,7 +90,7 @@ def _norms(chain: ParametrizationList) -> Tensor:
 
 
 class SignalLog:
-    """Logs :func:`learning_signals` at the Trainer's log steps, to its loggers and ``callback_metrics``.
+    """Logs :func:`learning_signals` where the Trainer logs the model's own numbers, and by the same means.
 
     Args:
         per_layer: Whether to log every layer, too.
@@ -98,26 +99,18 @@ class SignalLog:
     def __init__(self, *, per_layer: bool) -> None:
         self._per_layer = per_layer
         self._start: dict[str, float] = {}
-        self._last_step = -1
 
     def start(self, pl_module: nn.Module) -> None:
         """Remember ‖v‖ as it is now."""
         self._start = mean_norms(pl_module)
-        self._last_step = -1
 
     def log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log if this is a log step that has not been logged."""
-        # the step that Lightning writes beside its own metrics of this optimizer step
-        step = trainer.global_step - 1
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
-        if step < 0 or step == self._last_step or not every or (step + 1) % every:
+        """Log after a batch, if the Trainer does: at log steps, once a window, and where it is told to stop."""
+        if not log_interval(trainer) or trainer.fit_loop._should_accumulate():
             return
-        self._last_step = step
-        values = learning_signals(pl_module, trainer.optimizers, self._start, per_layer=self._per_layer)
-        values = {f"weight_norm/{key}": value for key, value in values.items()}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        if is_log_step(trainer) or trainer.should_stop:
+            values = learning_signals(pl_module, trainer.optimizers, self._start, per_layer=self._per_layer)
+            log_metrics(trainer, {f"weight_norm/{key}": value for key, value in values.items()}, step_to_log(trainer))
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the start of ‖v‖ into a checkpoint."""
