@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_wn.text import some
 from lightning_wn.weight_norm.core.layers import rule_for
 from lightning_wn.weight_norm.core.selection import NamedLayer
 
@@ -19,7 +20,7 @@ class _Owner(NamedTuple):
     is_rewritten: bool
 
 
-def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) -> None:
+def require_owners_alike(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) -> None:
     """Raise unless every weight to rewrite is owned by layers that are all rewritten alike.
 
     Args:
@@ -33,7 +34,7 @@ def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) ->
     Example:
         >>> tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
         >>> tied[1].weight = tied[0].weight
-        >>> check_sharing(tied, [(NamedLayer((str(i),), tied[i]), "weight") for i in range(2)])
+        >>> require_owners_alike(tied, [(NamedLayer((str(i),), tied[i]), "weight") for i in range(2)])
     """
     rewritten = {(id(layer.module), name): getattr(layer.module, name) for layer, name in weights}
     owners: dict[int, list[_Owner]] = {}
@@ -45,11 +46,11 @@ def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) ->
 
     for weight in rewritten.values():
         shared = owners[id(weight)]
-        plain = [owner.name for owner in shared if not owner.is_rewritten]
-        names = ", ".join(repr(owner.name) for owner in shared)
+        plain = [repr(owner.name) for owner in shared if not owner.is_rewritten]
+        names = some(repr(owner.name) for owner in shared)
         if plain:
             raise ValueError(
-                f"{names} are one shared Parameter, but {', '.join(map(repr, plain))} would not be "
+                f"{names} are one shared Parameter, but {some(plain)} would not be "
                 "weight-normalized: select all modules that share it (an Embedding has to be named in "
                 "`modules`) or exclude all of them."
             )
@@ -58,7 +59,7 @@ def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) ->
                 f"{names} are one shared Parameter, but their output units lie on different dimensions of "
                 "it, so that one g cannot serve them: exclude all of them."
             )
-    _check_memory(root, {id(weight) for weight in rewritten.values()})
+    _require_memory_apart(root, {id(weight) for weight in rewritten.values()})
 
 
 def _layout(module: nn.Module) -> object:
@@ -66,7 +67,7 @@ def _layout(module: nn.Module) -> object:
     return rule.layout(module) if rule is not None else None
 
 
-def _check_memory(root: nn.Module, rewritten: set[int]) -> None:
+def _require_memory_apart(root: nn.Module, rewritten: set[int]) -> None:
     """Refuse two Parameters over the same memory: new g and v would silently untie them."""
     spans = sorted(
         (str(parameter.device), *_span(parameter), name, id(parameter) in rewritten)

@@ -70,7 +70,7 @@ class FirstBatch:
         self._initialization.detach()
         self._initialization.restore()
 
-    def refuse_empty_fit(self, trainer: pl.Trainer) -> None:
+    def require_batch(self, trainer: pl.Trainer) -> None:
         """Raise if the fit ended without a batch though it was allowed steps.
 
         Raises:

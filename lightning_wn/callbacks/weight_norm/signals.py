@@ -12,8 +12,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from lightning_wn.trainer import is_log_step, log_interval, log_metrics, step_to_log
-from lightning_wn.weight_norm.checkpoint.exact_resume import KEY, named_chains
-from lightning_wn.weight_norm.core.normalized_module import g_and_v, weight_norm_in
+from lightning_wn.weight_norm.checkpoint.exact_resume import KEY
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, named_normalized_weights, weight_norm_in
 from lightning_wn.weight_norm.core.parametrization import unit_norm
 
 
@@ -28,7 +28,7 @@ def mean_norms(module: nn.Module) -> dict[str, float]:
         >>> mean_norms(layer)
         {'weight': 4.0}
     """
-    return {name: float(_norms(chain).mean()) for name, chain in named_chains(module)}
+    return {name: float(_norms(normalized).mean()) for name, normalized in named_normalized_weights(module)}
 
 
 @torch.no_grad()
@@ -54,9 +54,9 @@ def learning_signals(
     """
     rates = {id(p): float(group["lr"]) for opt in optimizers for group in opt.param_groups for p in group["params"]}
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, chain in named_chains(module):
-        g, v = g_and_v(chain)
-        norms = _norms(chain)
+    for name, normalized in named_normalized_weights(module):
+        g, v = g_and_v(normalized)
+        norms = _norms(normalized)
         parts[name] = {"g": g.detach().float().flatten(), "growth": norms.mean() / start.get(name, float("nan"))}
         if id(v) in rates:
             parts[name]["rate"] = rates[id(v)] / norms.square()
@@ -85,8 +85,8 @@ def _summary(parts: list[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
-def _norms(chain: ParametrizationList) -> Tensor:
-    return unit_norm(g_and_v(chain)[1].detach(), weight_norm_in(chain).layout).float().flatten()
+def _norms(normalized: ParametrizationList) -> Tensor:
+    return unit_norm(g_and_v(normalized)[1].detach(), weight_norm_in(normalized).layout).float().flatten()
 
 
 class SignalLog:

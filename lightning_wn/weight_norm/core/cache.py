@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_wn.weight_norm.core.normalized_module import is_sharded, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import is_sharded, normalized_weights
 
 
 @dataclass
@@ -73,8 +73,8 @@ def open_scope(module: nn.Module) -> list[nn.Module]:
     """Begin to keep the weights of these layers; return the layers, for :func:`close_scope`."""
     layers = []
     for layer in module.modules():
-        chains = weight_norm_chains(layer)
-        if chains and not any(is_sharded(chain) for chain in chains.values()):
+        weights = normalized_weights(layer).values()
+        if weights and not any(map(is_sharded, weights)):
             _slots.setdefault(id(layer), _Slot(layer)).depth += 1
             layers.append(layer)
     return layers
