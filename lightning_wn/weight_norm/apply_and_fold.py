@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -223,17 +223,11 @@ def fold(layers: Iterable[NamedLayer]) -> list[str]:
 
 @dataclass(frozen=True)
 class _FoldableWeight:
-    """One normalized weight of a module, about to be folded.
-
-    Attributes:
-        module: The module.
-        name: The weight's name.
-        normalized: Its parametrizations; None under the older hook of torch.
-    """
+    """One normalized weight of a module, about to be folded."""
 
     module: nn.Module
     name: str
-    normalized: parametrize.ParametrizationList | None
+    normalized: parametrize.ParametrizationList | None  # None under the older hook of torch
 
     def refusal(self) -> str | None:
         if self.normalized is not None and len(self.normalized) > 1:
@@ -328,7 +322,7 @@ def _weight_refusal(weight: nn.Parameter) -> str | None:
     return None
 
 
-def _install(module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _install(module: Any, tensor: str, layout: UnitLayout, shared: dict[int, tuple[Tensor, Tensor]]) -> None:
     weight = plain_weight(module, tensor)
     weight_norm = WeightNorm(layout)
     weight_norm.replaced = weakref.ref(weight)
@@ -337,7 +331,6 @@ def _install(module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[in
         _give_own_class(module)
     parametrize.register_parametrization(module, tensor, weight_norm)
     # torch builds the containers around it in training mode
-    assert isinstance(module.parametrizations, nn.ModuleDict)
     module.parametrizations.train(module.training)
     compute_through_class(module, tensor)
     add_state_hooks(module)
@@ -347,7 +340,7 @@ def _install(module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[in
     shared[id(weight)] = g_and_v(normalized)
 
 
-def _uninstall(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
+def _uninstall(module: Any, tensor: str, weight: nn.Parameter) -> None:
     """Give the module this plain weight in place of its parametrization.
 
     torch's ``remove_parametrizations`` makes a buffer of a frozen weight, puts the weight behind the bias,
@@ -358,7 +351,6 @@ def _uninstall(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
     remove_state_hooks(module)
     forget(module)
     plain_class = type(module).__bases__[0]
-    assert isinstance(module.parametrizations, nn.ModuleDict)
     del module.parametrizations[tensor]
     if len(module.parametrizations) == 0:
         del module.parametrizations

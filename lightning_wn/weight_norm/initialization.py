@@ -182,8 +182,7 @@ class DataDependentInitialization:
         # what a scope of the user's may hold
         forget(module)
         mean = moments.mean * length.flatten().to(moments.mean.dtype)
-        mean_only = mean_only_of(module)
-        if mean_only is not None:
+        if (mean_only := mean_only_of(module)) is not None:
             # which takes the mean away itself, and keeps b in its place
             self._set(mean_only.running_mean, mean)
             mean = torch.zeros_like(mean)
@@ -239,14 +238,14 @@ def _require_scaling_with_g(
     after, _ = _measure(layer, {}, args, kwargs)
     # half types round g to 1/256
     if bool(((after.variance.sqrt() - expected).abs() > 0.02 * expected + noise * length).any()):
-        raise ValueError(f"{_not_a_pre_activation(layer)}.")
+        raise _not_a_pre_activation(layer)
 
 
-def _not_a_pre_activation(layer: NamedLayer) -> str:
-    return (
+def _not_a_pre_activation(layer: NamedLayer) -> ValueError:
+    return ValueError(
         f"Data-dependent initialization cannot set {layer}, because its own `forward` computes something else than a "
         "pre-activation per unit, such as an activation function on top: move that into a module of its own, "
-        f"{_OTHERWISE}"
+        f"{_OTHERWISE}."
     )
 
 
@@ -277,9 +276,10 @@ def _measure(
     units = _g_and_v(module)[0].numel()
     dim = unit_dim(module)
     if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] != units:
-        raise ValueError(f"{_not_a_pre_activation(layer)}.")
+        raise _not_a_pre_activation(layer)
     local = unit_moments(output.to(wide), dim)
-    peaks = [t.abs().max() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and _is_filled(t)]
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+    peaks = [t.abs().max() for t in inputs if t.numel()]
     peak = torch.stack(peaks).prod() if isinstance(module, nn.Bilinear) and peaks else max(peaks, default=local.count)
     ranks = gather_ranks(torch.cat([local.count.view(1), peak.view(1).to(local.mean), local.mean, local.squares]))
     moments = pool_moments(ranks[:, 0], ranks[:, 2 : 2 + units], ranks[:, 2 + units :])
@@ -335,10 +335,6 @@ def _aside(module: nn.Module, device: torch.device) -> Iterator[None]:
             yield
     finally:
         parametrize._cache_enabled, parametrize._cache = cache
-
-
-def _is_filled(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_wn.text import some
 from lightning_wn.weight_norm.core.layers import rule_for
@@ -30,11 +29,6 @@ def require_owners_alike(root: nn.Module, weights: Iterable[tuple[NamedLayer, st
     Raises:
         ValueError: If a weight has an owner that keeps the plain one, or owners whose units differ, or shares
             its memory with another Parameter.
-
-    Example:
-        >>> tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
-        >>> tied[1].weight = tied[0].weight
-        >>> require_owners_alike(tied, [(NamedLayer((str(i),), tied[i]), "weight") for i in range(2)])
     """
     rewritten = {(id(layer.module), name): getattr(layer.module, name) for layer, name in weights}
     owners: dict[int, list[_Owner]] = {}
@@ -54,7 +48,8 @@ def require_owners_alike(root: nn.Module, weights: Iterable[tuple[NamedLayer, st
                 "weight-normalized: select all modules that share it (an Embedding has to be named in "
                 "`modules`) or exclude all of them."
             )
-        if len({_layout(owner.module) for owner in shared}) > 1:
+        rules = [(owner.module, rule_for(owner.module)) for owner in shared]
+        if len({rule.layout(module) if rule is not None else None for module, rule in rules}) > 1:
             raise ValueError(
                 f"{names} are one shared Parameter, but their output units lie on different dimensions of "
                 "it, so that one g cannot serve them: exclude all of them."
@@ -62,17 +57,12 @@ def require_owners_alike(root: nn.Module, weights: Iterable[tuple[NamedLayer, st
     _require_memory_apart(root, {id(weight) for weight in rewritten.values()})
 
 
-def _layout(module: nn.Module) -> object:
-    rule = rule_for(module)
-    return rule.layout(module) if rule is not None else None
-
-
 def _require_memory_apart(root: nn.Module, rewritten: set[int]) -> None:
     """Refuse two Parameters over the same memory: new g and v would silently untie them."""
     spans = sorted(
         (str(parameter.device), *_span(parameter), name, id(parameter) in rewritten)
         for name, parameter in root.named_parameters()
-        if not is_lazy(parameter) and parameter.numel() and _has_memory(parameter)
+        if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel()
     )
     for (device, _, end, name, first), (other_device, start, _, other, second) in pairwise(spans):
         if device == other_device and start < end and (first or second):
@@ -80,10 +70,6 @@ def _require_memory_apart(root: nn.Module, rewritten: set[int]) -> None:
                 f"{name!r} and {other!r} share memory without being one Parameter, and rewriting one would "
                 "silently untie them: assign the same Parameter to both modules, or exclude them."
             )
-
-
-def _has_memory(parameter: Tensor) -> bool:
-    return type(parameter) is nn.Parameter and parameter.device.type != "meta"
 
 
 def _span(parameter: Tensor) -> tuple[int, int]:

@@ -173,7 +173,7 @@ class WeightNormCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the layers when ``fit`` begins; otherwise see that checkpoints of g and v can be read."""
         require_lightning_trainer(trainer, type(self).__name__)
-        self._remove_load_hooks()
+        self._clean_up()
         if stage == "fit":
             require_whole_parameters(trainer)
             require_one_form(trainer, self, self.checkpoint)
@@ -312,7 +312,9 @@ class WeightNormCallback(Callback):
     def _clean_up(self) -> None:
         self._scope.end()
         self._resume.forget()
-        self._remove_load_hooks()
+        for handle in self._load_hooks:
+            handle.remove()
+        self._load_hooks = []
 
     def _add_means(self, trainer: pl.Trainer, selection: Selection) -> None:
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -346,11 +348,6 @@ class WeightNormCallback(Callback):
         if self.mean_only_batch_norm:
             require_mean_only(selection.layers)
         require_in_optimizers(trainer.optimizers, selection.layers)
-
-    def _remove_load_hooks(self) -> None:
-        for handle in self._load_hooks:
-            handle.remove()
-        self._load_hooks = []
 
 
 def _plain(selection: Selection) -> list[NamedLayer]:

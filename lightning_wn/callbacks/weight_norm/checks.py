@@ -98,26 +98,8 @@ def require_in_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[Name
 
     No optimizer may hold a weight that g and v took the place of, and each trainable g and v must be in some
     optimizer. Parameters of an optimizer that belong to no module, such as a learned loss weight kept
-    elsewhere, are legal and none of its business; so is a run in which no optimizer holds anything.
-
-    Args:
-        optimizers: All optimizers of the run.
-        layers: The selected layers; those that this package does not normalize are passed over.
-
-    Raises:
-        ValueError: If the two differ, with the names of the layers and the fix.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from lightning_wn import weight_norm
-        >>> layer = nn.Linear(2, 3)
-        >>> early = torch.optim.SGD(layer.parameters(), lr=0.1)
-        >>> _ = weight_norm.apply_weight_norm(layer)
-        >>> require_in_optimizers([early], [NamedLayer(("",), layer)])  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ValueError: An optimizer holds the plain weight of Linear, which weight normalization has replaced...
+    elsewhere, are legal and none of its business; so is a run in which no optimizer holds anything. Layers that this
+    package does not normalize are passed over.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if not held:

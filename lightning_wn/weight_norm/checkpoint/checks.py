@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_wn.text import some
 from lightning_wn.weight_norm.checkpoint.exact_resume import KEY
-from lightning_wn.weight_norm.checkpoint.keys import find_weight
+from lightning_wn.weight_norm.checkpoint.keys import StoredWeight, find_weight
 from lightning_wn.weight_norm.core.normalized_module import g_and_v, named_normalized_weights
 
 
@@ -17,14 +17,10 @@ def require_same_shapes(module: nn.Module, state_dict: Mapping[str, Tensor], pre
     """Raise if a weight to be normalized is of another shape: a pre-hook of ``load_state_dict``.
 
     torch finds that out when it has loaded the other layers already.
-
-    Raises:
-        ValueError: With the names of the weights and what to do.
     """
     problems = []
     for name, normalized in named_normalized_weights(module):
-        owner, dot, tensor = name.rpartition(".")
-        stored = find_weight(state_dict, f"{prefix}{owner}{dot}", tensor)
+        stored = _find(state_dict, f"{prefix}{name}")
         shape = g_and_v(normalized)[1].shape
         # what is missing is legal in a load that is not strict, which a hook cannot know
         if stored is not None and stored.shape != shape:
@@ -37,11 +33,7 @@ def require_same_shapes(module: nn.Module, state_dict: Mapping[str, Tensor], pre
 
 
 def require_same_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Raise if the checkpoint's optimizers belong to parameters of other shapes than g and v have now.
-
-    Raises:
-        ValueError: With the names of the weights and what to do.
-    """
+    """Raise if the checkpoint's optimizers belong to parameters of other shapes than g and v have now."""
     if not checkpoint.get("optimizer_states"):
         return
     exact = checkpoint.get(KEY, {}).get("model", {})
@@ -50,8 +42,7 @@ def require_same_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any
     others: list[str] = []
     for name, normalized in named_normalized_weights(module):
         g = g_and_v(normalized)[0]
-        owner, dot, tensor = name.rpartition(".")
-        stored = find_weight(state, f"{owner}{dot}", tensor)
+        stored = _find(state, name)
         saved = exact[name][0] if name in exact else stored.values[0] if stored and len(stored.values) > 1 else None
         if not g.requires_grad or stored is None:
             continue
@@ -73,3 +64,8 @@ def require_same_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any
             "The checkpoint's optimizer was built for a model that is normalized over other dimensions: g of "
             f"{some(others)}. Normalize as it was, or, {fix}"
         )
+
+
+def _find(state_dict: Mapping[str, Tensor], qualified_name: str) -> StoredWeight | None:
+    owner, dot, name = qualified_name.rpartition(".")
+    return find_weight(state_dict, f"{owner}{dot}", name)

@@ -115,7 +115,7 @@ def _load(  # noqa: PLR0917 # torch passes them so
     forget(module)
     for name, normalized in normalized_weights(module).items():
         stored = find_weight(state_dict, prefix, name)
-        if stored is None or fits_as_it_is(stored, normalized):
+        if stored is None or _is_as_in_model(stored, normalized):
             continue
         for key in stored.keys:
             del state_dict[key]
@@ -128,8 +128,7 @@ def _load(  # noqa: PLR0917 # torch passes them so
     load_mean_from_bias(module, state_dict, prefix)
 
 
-def fits_as_it_is(stored: StoredWeight, normalized: Any) -> bool:
-    """Tell whether a stored weight has the keys and the shapes of the model's own g and v."""
+def _is_as_in_model(stored: StoredWeight, normalized: Any) -> bool:
     shapes = [value.shape for value in stored.values]
     return shapes == [tensor.shape for tensor in g_and_v(normalized)] and ".parametrizations." in f".{stored.keys[0]}"
 

@@ -59,13 +59,8 @@ def _input_projections(module: nn.MultiheadAttention) -> tuple[str, ...]:
 _TRANSPOSED = LayerRule(layout=lambda module: UnitLayout(transposed=True, groups=module.groups))
 
 _DEFAULT_RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule(),
-    nn.Conv1d: LayerRule(),
-    nn.Conv2d: LayerRule(),
-    nn.Conv3d: LayerRule(),
-    nn.ConvTranspose1d: _TRANSPOSED,
-    nn.ConvTranspose2d: _TRANSPOSED,
-    nn.ConvTranspose3d: _TRANSPOSED,
+    **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), LayerRule()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _TRANSPOSED),
 }
 RULES: dict[type[nn.Module], LayerRule] = _DEFAULT_RULES | {
     nn.Bilinear: LayerRule(),

@@ -246,9 +246,8 @@ def gives_pre_activations(module: nn.Module) -> bool:
 
     The output projection of MultiheadAttention, a Linear of its own kind, is read and never called.
     """
-    return isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) and not isinstance(
-        module, NonDynamicallyQuantizableLinear
-    )
+    is_only_read = isinstance(module, NonDynamicallyQuantizableLinear)
+    return isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) and not is_only_read
 
 
 def mean_only_of(module: nn.Module) -> MeanOnlyBatchNorm | None:
@@ -277,12 +276,7 @@ def fold_mean(module: nn.Module) -> None:
 
 
 def folded_bias(bias: Tensor, mean: Tensor) -> Tensor:
-    """Return the bias that makes up for the running mean that is no longer subtracted.
-
-    Example:
-        >>> folded_bias(torch.tensor([3.0]), torch.tensor([1.0]))
-        tensor([2.])
-    """
+    """Return the bias that makes up for the running mean that is no longer subtracted."""
     return (bias.detach() - mean).to(bias.dtype)
 
 
@@ -333,9 +327,6 @@ def require_biases(layers: Iterable[NamedLayer], where: str, fix: str) -> None:
         layers: The selected layers.
         where: What the layers would do without their means, such as to be saved.
         fix: Another way than a bias.
-
-    Raises:
-        ValueError: With the names of the layers.
     """
     bare = [layer for layer in layers if can_have_one(layer.module) and layer.module.bias is None]
     if bare:
@@ -346,11 +337,7 @@ def require_biases(layers: Iterable[NamedLayer], where: str, fix: str) -> None:
 
 
 def require_mean_only(layers: Iterable[NamedLayer]) -> None:
-    """Raise if a layer that can have a mean-only batch normalization has none.
-
-    Raises:
-        ValueError: With the names of the layers.
-    """
+    """Raise if a layer that can have a mean-only batch normalization has none."""
     if late := without_mean_only(layers):
         raise ValueError(
             f"{some(late)} would train without mean-only batch normalization, because it came into the model "

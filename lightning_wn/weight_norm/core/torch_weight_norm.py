@@ -13,12 +13,7 @@ from lightning_wn.weight_norm.core.normalized_module import parametrized_weights
 
 
 def torch_normalized_weights(module: nn.Module) -> dict[str, ParametrizationList]:
-    """Return the weights under ``torch.nn.utils.parametrizations.weight_norm``, by their names.
-
-    Example:
-        >>> list(torch_normalized_weights(parametrizations.weight_norm(nn.Linear(3, 2))))
-        ['weight']
-    """
+    """Return the weights under ``torch.nn.utils.parametrizations.weight_norm``, by their names."""
     return parametrized_weights(module, parametrizations._WeightNorm)
 
 

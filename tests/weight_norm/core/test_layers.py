@@ -11,11 +11,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_wn import WeightNormCallback
-from lightning_wn.callbacks.weight_norm.checks import require_in_optimizers
 from lightning_wn.weight_norm import apply_weight_norm, fold_weight_norm
 from lightning_wn.weight_norm.core.layers import rule_for
 from lightning_wn.weight_norm.core.normalized_module import normalized_weights
-from lightning_wn.weight_norm.core.selection import NamedLayer
 
 
 class Gated(nn.Module):
@@ -234,19 +232,6 @@ def test_attention_in_evaluation_takes_the_fast_path_with_computed_weights():
         fold_weight_norm(folded)
         for arguments in ({}, {"src_key_padding_mask": mask}):
             assert torch.equal(model(x, **arguments), folded(x, **arguments))
-
-
-def test_optimizers_that_lose_a_recurrent_weight_are_refused():
-    model = build("lstm")
-    layer = NamedLayer(("layer",), model.layer)
-    held = [p for name, p in model.named_parameters() if "weight_hh_l0" not in name]
-    with pytest.raises(ValueError, match=r"trainable g of weight_hh_l0 of 'layer' \(LSTM\), v of weight_hh_l0"):
-        require_in_optimizers([torch.optim.SGD(held)], [layer])
-    plain = build("lstm", normalize=False)
-    early = torch.optim.SGD(plain.parameters())
-    apply_weight_norm(plain, "layer")
-    with pytest.raises(ValueError, match=r"holds the plain weight of weight_ih_l0 of 'layer' \(LSTM\)"):
-        require_in_optimizers([early], [NamedLayer(("layer",), plain.layer)])
 
 
 def test_a_failure_in_a_later_weight_leaves_the_layer_plain():
