@@ -9,8 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_wn.batch_size.advice import BatchSizeAdvice, RunConfiguration, advise_batch_size
 from lightning_wn.batch_size.learning_rate import OptimizerFamily, optimizer_family
 from lightning_wn.batch_size.run import ObservedRun
+from lightning_wn.callbacks.noise_scale.optimizer_measurement import OptimizerMeasurement
 from lightning_wn.callbacks.noise_scale.run_timer import RunTimer
 
 
@@ -87,19 +89,38 @@ class RunWatch:
         if self._watches:
             self._planned_steps = float(trainer.global_step)
 
-    def observed(self, optimizer: int, *, every_n_steps: int, ema_decay: float) -> ObservedRun:
-        """Return what was seen, with how one of the optimizers is measured."""
-        name, family = self._optimizers[optimizer] if optimizer < len(self._optimizers) else ("", None)
-        return ObservedRun(
+    def advise(
+        self,
+        measurement: OptimizerMeasurement,
+        index: int,
+        *,
+        target: float = 1.0,
+        price_per_device_hour: float | None = None,
+    ) -> BatchSizeAdvice:
+        """Return the advice on what was measured of the optimizer at this position, and on what was seen."""
+        name, family = self._optimizers[index] if index < len(self._optimizers) else ("", None)
+        observed = ObservedRun(
             optimizer=name,
             optimizer_family=family,
             learning_rate_rises=self._rises,
             num_steps=self._num_steps,
             planned_steps=self._planned_steps,
             micro_batches_per_epoch=self._micro_batches_per_epoch,
-            every_n_steps=every_n_steps,
-            ema_decay=ema_decay,
+            every_n_steps=measurement.every_n_steps,
+            ema_decay=measurement.metric.ema_decay,
             time=self._timer.run_time(),
+        )
+        # of the step that the batch size is of, whatever the Trainer's factor has become since
+        micro_batches, ranks = measurement.metric.micro_batches_and_ranks
+        configuration = RunConfiguration()
+        if ranks:
+            configuration = RunConfiguration(accumulate_grad_batches=micro_batches // ranks, num_ranks=ranks)
+        return advise_batch_size(
+            measurement.estimate(),
+            configuration,
+            observed,
+            target=target,
+            price_per_device_hour=price_per_device_hour,
         )
 
     def _name_optimizers(self, optimizers: Sequence[Optimizer]) -> None:

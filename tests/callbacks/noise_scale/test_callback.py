@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.batch_size.advice import RunConfiguration
+from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.noise_scale.samples import Rejection
 
 
@@ -378,9 +379,9 @@ class TestLifeCycle:
     def test_interrupted_run_saves_without_communicating(self, tmp_path, monkeypatch, saver_first):
         """Another rank may be dead: waiting for it would lose the checkpoint."""
         calls = []
-        original = GradientNoiseScaleCallback._synchronize
+        original = Measurements.synchronize
         monkeypatch.setattr(
-            GradientNoiseScaleCallback, "_synchronize", lambda self, t: calls.append(1) or original(self, t)
+            Measurements, "synchronize", lambda self, **ranks: calls.append(ranks) or original(self, **ranks)
         )
         callback = GradientNoiseScaleCallback(every_n_steps=1)
 
@@ -437,21 +438,21 @@ class TestLifeCycle:
     def test_result_of_earlier_workers_is_forgotten(self):
         """A spawned fit whose estimate nobody asked for must not come up in a later fit or after a reset."""
 
-        def leave_mail(callback):
+        def leave_result(callback):
             measured, _ = measure(DigitsMLP(), loader(digits()), steps=7)
-            measured._mail.post(measured._measurements, measured._metrics)
-            callback._mail._mailbox._shared.copy_(measured._mail._mailbox._shared)
+            measured._measurements.hand_over()
+            callback._worker_results._shared.copy_(measured._worker_results._shared)
 
         callback = GradientNoiseScaleCallback(every_n_steps=1)
-        leave_mail(callback)
+        leave_result(callback)
         assert callback.estimate().num_measurements == 7
         settings = QUIET | {"max_steps": 20, "accumulate_grad_batches": 2, "log_every_n_steps": 5}
         callback = GradientNoiseScaleCallback(every_n_steps=1)
-        leave_mail(callback)
+        leave_result(callback)
         L.Trainer(callbacks=[callback], **settings).fit(DigitsMLP(), loader(digits()))
         assert callback.estimate().num_measurements == 20
         callback = GradientNoiseScaleCallback()
-        leave_mail(callback)
+        leave_result(callback)
         callback.reset()
         assert callback.estimate().num_measurements == 0
 
@@ -547,7 +548,7 @@ class TestLogging:
     def test_a_few_lines_once_at_the_end(self, monkeypatch):
         said = []
         # how often a logger's handlers see it depends on which loggers other tests have opened
-        monkeypatch.setattr("lightning_wn.callbacks.noise_scale.callback.rank_zero_info", said.append)
+        monkeypatch.setattr("lightning_wn.callbacks.noise_scale.log.rank_zero_info", said.append)
         callback, _ = measure(DigitsMLP(), loader(digits()), steps=20)
         (summary,) = [message for message in said if "noise scale" in message]
         estimate, advice = callback.estimate(), callback.advise()
