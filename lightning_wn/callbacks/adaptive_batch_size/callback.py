@@ -154,7 +154,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self.batch_size_fn = batch_size_fn
         self.noise_scale_prefix = noise_scale_prefix
         self.prefix = prefix
-        self._worker_results = WorkerResults(9)
+        self._worker_results = WorkerResults()
         self._trainer: Trainer | None = None
         self._noise_scale: GradientNoiseScaleCallback | None = None
         self._trainers_own = 1

@@ -1,4 +1,4 @@
-"""The Lightning callback: wires a probe to the metric and the metric to the logger."""
+"""The Lightning callback: what users ask it, and at which hook of a run each of its parts has its turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_wn.arguments import check_confidence
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.callbacks.noise_scale.arguments import DEFAULT_EMA_DECAY, check_cadence, check_choice
 from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
-from lightning_wn.callbacks.noise_scale.measurements import Measurements, room_for_results
+from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import ParameterChoice
 from lightning_wn.callbacks.noise_scale.probe_choice import ProbeChoice
 from lightning_wn.callbacks.noise_scale.run_watch import RunWatch
@@ -137,7 +137,7 @@ class GradientNoiseScaleCallback(Callback):
         self.curvature_every_n_steps = curvature_every_n_steps
         self.log_figure = log_figure
         self._choice = ParameterChoice(layers=layers, groups=dict(groups or {}), preconditioned=preconditioned)
-        self._worker_results = WorkerResults(room_for_results(self._choice))
+        self._worker_results = WorkerResults()
         self._trainer: Trainer | None = None
         self._restores = True
         self._fitting = False
@@ -178,11 +178,7 @@ class GradientNoiseScaleCallback(Callback):
         ``"total"`` is that of all measured parameters. With several optimizers each name starts with
         ``"optimizer_0/"`` and so on.
         """
-        measurements = self._measurements
-        return {
-            measurements.start_of_key(index) + (group or "total"): estimate
-            for (index, group), estimate in measurements.estimates().items()
-        }
+        return self._measurements.estimates()
 
     def advise(
         self, optimizer: int | None = None, *, target: float = 1.0, price_per_device_hour: float | None = None
@@ -208,7 +204,7 @@ class GradientNoiseScaleCallback(Callback):
     def plot(
         self, optimizer: int | None = None, *, target: float = 1.0, theme: Literal["light", "dark"] = "light"
     ) -> Figure:
-        """Draw what was measured and what it advises, in four panels; see :func:`~.run_plots.plot_run`.
+        """Draw what was measured and what it advises, in four panels; see :func:`~.run_figure.plot_run`.
 
         Args:
             optimizer: Position among the LightningModule's optimizers; None is the only one.
@@ -263,12 +259,13 @@ class GradientNoiseScaleCallback(Callback):
             import_pyplot()  # not only at the end that matplotlib is missing
         # Lightning restores the state after this hook
         self._start_afresh()
-        self._probe_choice.choose_first(trainer, pl_module)
+        self._probe_choice.choose(trainer, pl_module, wrapped=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is known once the model is wrapped and the optimizer exists."""
         self._measurements.attach(trainer.optimizers, pl_module)
-        self._probe_choice.choose_for_wrapped(trainer, pl_module)
+        # layers that setup or configure_model built were not there before
+        self._probe_choice.choose(trainer, pl_module, wrapped=True)
         if self._measurements.curvature is not None:
             self._measurements.curvature.require_measurable(trainer, pl_module)
 
@@ -287,10 +284,9 @@ class GradientNoiseScaleCallback(Callback):
         if self._measurements.curvature is not None:
             # before the probe watches the forward pass: the copy of the model has its hooks, too
             self._measurements.curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
-        measuring = False
         for measurement in self._measurements:
             measurement.start_batch(trainer, pl_module, batch_idx)
-            measuring |= measurement.measuring
+        measuring = any(measurement.measuring for measurement in self._measurements)
         self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
@@ -365,11 +361,9 @@ class GradientNoiseScaleCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; synchronises first unless the run was interrupted."""
         trainer = self._trainer
-        if trainer is not None:
-            # after an exception a rank may be gone, and waiting for it would lose the checkpoint
-            interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
-            if not interrupted or trainer.world_size == 1:
-                self._synchronize(trainer)
+        # after an exception a rank may be gone, and waiting for it would lose the checkpoint
+        if trainer is not None and (trainer.world_size == 1 or trainer.state.status != TrainerStatus.INTERRUPTED):
+            self._synchronize(trainer)
         return self._measurements.state_dict() | {"history": self._log.history.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

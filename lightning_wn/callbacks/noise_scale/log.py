@@ -45,16 +45,18 @@ class NoiseScaleLog:
         if not log_interval(trainer) or self._step == self._last_written:
             return
         values: dict[str, float] = {}
-        for (index, group), estimate in self._measurements.estimates().items():
-            if not estimate.num_measurements:
-                continue
-            metrics = estimate.to_metrics()
-            if group is None:
-                metrics["suggested_batch_size"] = self._advise(index).suggested_batch_size
-            if estimate.coverage < 1.0:
-                metrics["coverage"] = estimate.coverage
-            start = f"{self._prefix}/{self._measurements.start_of_key(index)}{group + '/' if group else ''}"
-            values |= {start + key: value for key, value in metrics.items()}
+        for index in range(len(self._measurements)):
+            for group in (None, *self._measurements.names):
+                estimate = self._measurements.estimate(index, group)
+                if not estimate.num_measurements:
+                    continue
+                metrics = estimate.to_metrics()
+                if group is None:
+                    metrics["suggested_batch_size"] = self._advise(index).suggested_batch_size
+                if estimate.coverage < 1.0:
+                    metrics["coverage"] = estimate.coverage
+                start = f"{self._prefix}/{self._measurements.start_of_key(index)}{group + '/' if group else ''}"
+                values |= {start + key: value for key, value in metrics.items()}
         if values:
             self._last_written = self._step
             self.history.append(self._step, values)

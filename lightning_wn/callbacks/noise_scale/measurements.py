@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
@@ -22,16 +20,6 @@ from lightning_wn.noise_scale.metric import GradientNoiseScale, synchronize_toge
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.probes.choice import PROBES
 from lightning_wn.probes.micro_batch import MicroBatchProbe
-
-_MAX_OPTIMIZERS_OF_WORKERS = 16
-
-
-def room_for_results(choice: ParameterChoice) -> int:
-    """Return how many numbers :meth:`Measurements.hand_over` may write, where so much is measured of an optimizer."""
-    metric = GradientNoiseScale(groups=choice.names)
-    size = metric.moments.numel() + metric.counts.numel()
-    # one more for the curvature
-    return 3 + (_MAX_OPTIMIZERS_OF_WORKERS + 1) * size + _MAX_OPTIMIZERS_OF_WORKERS * len(choice.covered)
 
 
 class Measurements:
@@ -127,11 +115,13 @@ class Measurements:
             raise ValueError(f"`group` must be None or one of {list(self.names)}, got {group!r}; None is the total.")
         return measurement.estimate(group)
 
-    def estimates(self) -> dict[tuple[int, str | None], NoiseScaleEstimate]:
-        """Return all estimates, by optimizer and group; None is the total."""
+    def estimates(self) -> dict[str, NoiseScaleEstimate]:
+        """Return all estimates; see :meth:`~lightning_wn.GradientNoiseScaleCallback.estimates`."""
         self.collect_results()
         return {
-            (index, group): self.estimate(index, group) for index in range(len(self)) for group in (None, *self.names)
+            self.start_of_key(index) + (group or "total"): self.estimate(index, group)
+            for index in range(len(self))
+            for group in (None, *self.names)
         }
 
     @property
@@ -183,59 +173,42 @@ class Measurements:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives."""
         self.collect_results()
+        covered = self.choice.covered
         return {
             "every_n_steps": self[0].every_n_steps,
             "probe": self.probe,
-            "optimizers": [_measurement_state(measurement) for measurement in self],
-            "curvature": None if self.curvature is None else _metric_state(self.curvature.metric, (CURVATURE,)),
+            "optimizers": [
+                _metric_state(measurement.metric)
+                | {"steps": measurement.steps, "coverage": dict(zip(covered, measurement.coverage, strict=True))}
+                for measurement in self
+            ],
+            "curvature": None if self.curvature is None else _metric_state(self.curvature.metric, CURVATURE),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, fitting: bool) -> None:
-        """Take over :meth:`state_dict`; a fit finds out for itself which probe reads it, and how much of the model."""
+        """Take over :meth:`state_dict`; a fit finds out for itself which probe reads it, how often and how much."""
         if not fitting:
             self.probe = state["probe"]
             self._of_optimizers = []
         self._add_up_to(len(state["optimizers"]))
         for measurement, own in zip(self, state["optimizers"], strict=False):
-            _restore_measurement(measurement, own, with_coverage=not fitting)
+            _restore_metric(measurement.metric, own)
+            measurement.steps = own["steps"]
+            if not fitting:
+                measurement.every_n_steps = state["every_n_steps"]
+                measurement.coverage = tuple(own["coverage"].get(name, 1.0) for name in self.choice.covered)
         if self.curvature is not None and state["curvature"] is not None:
-            _restore_metric(self.curvature.metric, (CURVATURE,), state["curvature"])
+            _restore_metric(self.curvature.metric, state["curvature"], CURVATURE)
 
     def hand_over(self) -> None:
-        """Leave the results for the parent process.
-
-        Raises:
-            ValueError: If there are too many optimizers.
-        """
-        if len(self) > _MAX_OPTIMIZERS_OF_WORKERS:
-            raise ValueError(
-                f"`GradientNoiseScaleCallback` brings home the results of {_MAX_OPTIMIZERS_OF_WORKERS} optimizers at "
-                f"most from spawned processes, and there are {len(self)}; use `strategy='ddp'`."
-            )
-        numbers = [float(len(self)), self[0].every_n_steps, list(PROBES).index(self[0].probe.name)]
-        for metric in self.metrics:
-            numbers += [*metric.moments.flatten().tolist(), *metric.counts.tolist()]
-        for measurement in self:
-            numbers += measurement.coverage
-        self._worker_results.hand_over(numbers)
+        """Leave the results for the parent process."""
+        self._worker_results.hand_over(self.state_dict())
 
     def collect_results(self) -> None:
         """Take over what :meth:`hand_over` left in a worker process, if it did."""
-        results = self._worker_results.collect()
-        if results is None:
-            return
-        numbers = iter(results)
-        count, every_n_steps, probe = map(int, islice(numbers, 3))
-        self.probe = list(PROBES)[probe]
-        self._of_optimizers = []
-        self._add_up_to(count)
-        for metric in self.metrics:
-            metric.reset()
-            metric.moments = _filled(metric.moments, numbers)
-            metric.counts = _filled(metric.counts, numbers)
-        for measurement in self:
-            measurement.every_n_steps = every_n_steps
-            measurement.coverage = tuple(islice(numbers, len(self.choice.covered)))
+        state = self._worker_results.collect()
+        if state is not None:
+            self.load_state_dict(state, fitting=False)
 
     def _add_up_to(self, count: int) -> None:
         while len(self) < count:
@@ -245,34 +218,15 @@ class Measurements:
             self._of_optimizers.append(measurement)
 
 
-def _metric_state(metric: GradientNoiseScale, names: Sequence[str]) -> dict[str, Any]:
+def _metric_state(metric: GradientNoiseScale, total: str = "total") -> dict[str, Any]:
     """Return what a metric has folded, as tensors, by the names of its columns."""
-    moments = {name: row.clone() for name, row in zip(names, metric.moments, strict=True)}
+    moments = {name: row.clone() for name, row in zip((total, *metric.groups), metric.moments, strict=True)}
     return {"moments": moments, "counts": metric.counts.clone()}
 
 
-def _restore_metric(metric: GradientNoiseScale, names: Sequence[str], state: dict[str, Any]) -> None:
+def _restore_metric(metric: GradientNoiseScale, state: Mapping[str, Any], total: str = "total") -> None:
     """Take over :func:`_metric_state`; a column that it lacks starts afresh."""
     metric.reset()
-    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in names]
+    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in (total, *metric.groups)]
     metric.moments = torch.stack([row.cpu().to(torch.float64) for row in rows])
     metric.counts = state["counts"].clone().cpu()
-
-
-def _measurement_state(measurement: OptimizerMeasurement) -> dict[str, Any]:
-    choice = measurement.choice
-    coverage = dict(zip(choice.covered, measurement.coverage, strict=True))
-    state = _metric_state(measurement.metric, ("total", *choice.names))
-    return state | {"steps": measurement.steps, "coverage": coverage}
-
-
-def _restore_measurement(measurement: OptimizerMeasurement, state: dict[str, Any], *, with_coverage: bool) -> None:
-    choice = measurement.choice
-    _restore_metric(measurement.metric, ("total", *choice.names), state)
-    measurement.steps = state["steps"]
-    if with_coverage:
-        measurement.coverage = tuple(state["coverage"].get(name, 1.0) for name in choice.covered)
-
-
-def _filled(like: Tensor, numbers: Iterator[float]) -> Tensor:
-    return torch.tensor(list(islice(numbers, like.numel())), dtype=torch.float64).reshape(like.shape)

@@ -29,35 +29,14 @@ class ProbeChoice:
         # probe and cadence of a checkpoint, until its run goes on
         self._resumed: tuple[str, int] | None = None
 
-    def choose_first(self, trainer: Trainer, model: LightningModule) -> None:
-        """Choose by what is known before training, and refuse what is known to be unmeasurable."""
-        self._accumulation = first_accumulation(trainer)
-        self._choose(trainer, model, wrapped=False)
+    def choose(self, trainer: Trainer, model: LightningModule, *, wrapped: bool) -> None:
+        """Choose by what is known before training, and anew once the model is wrapped and complete.
 
-    def choose_for_wrapped(self, trainer: Trainer, model: LightningModule) -> None:
-        """Choose anew once the model is wrapped: layers that setup or configure_model built were not there before."""
-        self._choose(trainer, model, wrapped=True)
-
-    def resume_from(self, probe: str, every_n_steps: int) -> None:
-        """Note how the run of a checkpoint was measured."""
-        self._resumed = probe, every_n_steps
-
-    def start(self) -> None:
-        """Settle what depends on the probe, where no checkpoint's factor is still to come."""
-        if self._resumed is None:
-            self._settle()
-
-    def start_batch(self, trainer: Trainer, model: LightningModule, batch_idx: int) -> None:
-        """Follow the accumulation factor where a window starts, and where a resumed run goes on."""
-        factor = trainer.accumulate_grad_batches
-        if self._resumed is not None:
-            # all callbacks have settled by now how it goes on
-            self._go_on(trainer, model, *self._resumed)
-        elif factor != self._accumulation and batch_idx % factor == 0:
-            self._accumulation = factor
-            self._change(choose_probe(self._wish, trainer, model, factor))
-
-    def _choose(self, trainer: Trainer, model: LightningModule, *, wrapped: bool) -> None:
+        Raises:
+            ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
+        """
+        if not wrapped:
+            self._accumulation = first_accumulation(trainer)
         require_dense_gradients(model)
         name = choose_probe(self._wish, trainer, model, self._accumulation)
         self._measurements.probe = name
@@ -71,27 +50,44 @@ class ProbeChoice:
                 )
             measurement.probe.require_readable(trainer, model, wrapped=wrapped)
 
-    def _go_on(self, trainer: Trainer, model: LightningModule, before: str, every_n_steps: int) -> None:
-        self._resumed = None
-        if trainer.accumulate_grad_batches != self._accumulation:
-            self._accumulation = trainer.accumulate_grad_batches
-            self._choose(trainer, model, wrapped=True)
-        self._keep_what_fits(before)
-        # the number belongs to the probe that it was chosen for
-        self._settle(every_n_steps if before == self._measurements.probe else None)
+    def resume_from(self, probe: str, every_n_steps: int) -> None:
+        """Note how the run of a checkpoint was measured."""
+        self._resumed = probe, every_n_steps
 
-    def _change(self, name: str) -> None:
-        before = self._measurements.probe
-        if name == before:
-            return
+    def start(self) -> None:
+        """Settle what depends on the probe, where no checkpoint's factor is still to come."""
+        if self._resumed is None:
+            self._settle()
+
+    def start_batch(self, trainer: Trainer, model: LightningModule, batch_idx: int) -> None:
+        """Follow the accumulation factor where a window starts, and where a resumed run goes on."""
+        factor = trainer.accumulate_grad_batches
+        changed = factor != self._accumulation
+        if self._resumed is not None:
+            # all callbacks have settled by now how it goes on
+            (before, every_n_steps), self._resumed = self._resumed, None
+            if changed:
+                self._accumulation = factor
+                self.choose(trainer, model, wrapped=True)
+            self._keep_what_fits(before)
+            # the number belongs to the probe that it was chosen for
+            self._settle(every_n_steps if before == self._measurements.probe else None)
+        elif changed and batch_idx % factor == 0:
+            self._accumulation = factor
+            before, now = self._measurements.probe, choose_probe(self._wish, trainer, model, factor)
+            if now != before:
+                self._take(now)
+                self._keep_what_fits(before)
+                self._settle()
+
+    def _take(self, name: str) -> None:
+        """Go on with another probe in mid-run."""
         self._measurements.probe = name
-        self._keep_what_fits(before)
         for measurement in self._measurements:
             probe = PROBES[name]()
             # training has gone on for a while: it must not stop for a measurement
             probe.strict = False
             measurement.take_probe(probe)
-        self._settle()
 
     def _keep_what_fits(self, before: str) -> None:
         """Forget what another probe measured if only one of the two is exact: one estimate is either exact or not."""

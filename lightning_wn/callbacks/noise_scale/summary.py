@@ -67,7 +67,8 @@ def fit_summary(
         lines.append(f"Optimizer steps that were left out: {', '.join(left_out)}.")
     if estimate.num_measurements:
         number = "" if optimizer is None else f"{optimizer}"
-        doubts = f" and {_reasons_for_doubt(len(advice.doubts))}" if advice.doubts else ""
+        count = len(advice.doubts)
+        doubts = f" and {count} reason{'s' * (count > 1)} for doubt" if count else ""
         lines += [
             advice.suggestion,
             f"`print(callback.advise({number}))` says more: other batch sizes, in hours too, how sure it is{doubts}.",
@@ -78,7 +79,3 @@ def fit_summary(
 def _short(estimate: NoiseScaleEstimate) -> str:
     span = f"{format_count(estimate.lower)} to {format_count(estimate.upper)}"
     return f"{format_count(estimate.noise_scale)} ({span})"
-
-
-def _reasons_for_doubt(count: int) -> str:
-    return f"{count} reason{'s' * (count > 1)} for doubt"
