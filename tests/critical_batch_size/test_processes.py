@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from helpers.adaptive_runs import OPTIMIZERS, Model
 from helpers.frozen_digits import digits
-from helpers.processes import SCENARIOS, run_script
+from helpers.processes import LIMIT, SCENARIOS, end_script, run_script, start_script
 from scenarios.critical_batch_size import SIZES, measure
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -23,20 +20,15 @@ SCRIPT = SCENARIOS / "critical_batch_size.py"
 
 def test_killed_and_resumed(tmp_path):
     """SIGKILL in the middle of the second of three branches; the result is that of a measurement left in peace."""
-    tests = SCRIPT.parents[1]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(tmp_path), "is_killed"],
-        env=os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
-    )
+    process = start_script(SCRIPT, str(tmp_path), "is_killed", logs=tmp_path)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + LIMIT
         while not (tmp_path / "waits").exists():
-            assert process.poll() is None
+            assert process.is_alive()
             assert time.monotonic() < end
             time.sleep(0.05)
     finally:
-        process.kill()
-        process.wait()
+        end_script(process)
     finished = [path.name for path in (tmp_path / "cut" / "branches").iterdir()]
     assert finished == ["batch_16_rate_1_seed_0.json"]
     written = (tmp_path / "cut" / "branches" / finished[0]).stat().st_mtime_ns
@@ -48,7 +40,7 @@ def test_killed_and_resumed(tmp_path):
 
 def test_two_ranks(tmp_path):
     """Each batch is half on each rank: losses are means over both, and both ranks have the same result."""
-    run_script(SCRIPT, str(tmp_path), "two_ranks", timeout=120)
+    run_script(SCRIPT, str(tmp_path), "two_ranks", ranks=2)
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0] == results[1]
     assert results[0][0] == results[0][1]

@@ -10,7 +10,7 @@ from scenarios.first_batches_on_ranks import initialized
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_script(SCENARIOS / "first_batches_on_ranks.py", str(folder))
+    run_script(SCENARIOS / "first_batches_on_ranks.py", str(folder), ranks=2)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -1,14 +1,8 @@
 """DDP in several processes: what the workers train comes home."""
 
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
-
 import pytest
 import torch
-from helpers.processes import SCENARIOS
+from helpers.processes import SCENARIOS, run_script
 from helpers.weight_norm_models import Recurrent, Regression, quiet_trainer
 from torch import nn
 
@@ -19,24 +13,7 @@ SCRIPT = SCENARIOS / "weight_norm_processes.py"
 
 
 def run(folder, strategy, *arguments):
-    paths = [str(SCENARIOS.parents[1]), str(SCENARIOS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    for name in ("MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)  # Lightning then finds a free port
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), strategy, str(folder), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=120)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
+    run_script(SCRIPT, strategy, str(folder), *arguments, ranks=2 if strategy == "ddp" else None)
     return torch.load(folder / f"{strategy}.pt", weights_only=True)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers.processes import SCENARIOS, run_script
+from helpers.processes import LIMIT, SCENARIOS, run_script
 from helpers.weight_norm_models import Recurrent, Regression, quiet_trainer
 from torch.distributed.fsdp import FSDPModule
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    run_script(SCENARIOS / "weight_norm_sharded.py", str(folder), cwd=folder)
+    run_script(SCENARIOS / "weight_norm_sharded.py", str(folder), cwd=folder, ranks=2)
     return folder
 
 
@@ -92,7 +92,7 @@ def test_a_scope_computes_the_same(ranks):
 
 def test_the_whole_checkpoint_folds_in_one_process(folder, ranks):
     command = [sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(folder / "distributed")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2, bias=False))
     for file, distributed in ((folder / "distributed.consolidated", True), (folder / "full.ckpt", False)):
         expected = ranks[0][f"half weights {distributed}"]
