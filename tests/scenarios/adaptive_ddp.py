@@ -1,4 +1,4 @@
-"""Two ranks on the CPU: ``python adaptive_ddp_scenarios.py FOLDER STRATEGY``; results go to FOLDER/rank<r>.json."""
+"""Two ranks on the CPU: ``python adaptive_ddp.py FOLDER STRATEGY``; results go to FOLDER/rank<r>.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks on the CPU: ``python adaptive_sharded_scenarios.py FOLDER [NAME ...]``.
+"""FSDP2 on two ranks on the CPU: ``python adaptive_sharded.py FOLDER [NAME ...]``.
 
 Every scenario returns what JSON can hold; each rank writes its results to FOLDER/rank<r>.json.
 """

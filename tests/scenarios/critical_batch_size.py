@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: ``python measurement_scenarios.py FOLDER NAME``."""
+"""Measurements in processes of their own: ``python critical_batch_size.py FOLDER NAME``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios for two ranks on the CPU: ``python ddp_scenarios.py FOLDER``.
+"""Scenarios for two ranks on the CPU: ``python noise_scale_ddp.py FOLDER``.
 
 Every scenario returns what JSON can hold; each rank writes its results to FOLDER/rank<r>.json.
 """

@@ -1,4 +1,4 @@
-"""Scenarios of FSDP2 on the CPU: ``python sharded_scenarios.py FOLDER RANKS [NAME ...]``, with 2 or 4 ranks.
+"""Scenarios of FSDP2 on the CPU: ``python noise_scale_sharded.py FOLDER RANKS [NAME ...]``, with 2 or 4 ranks.
 
 The first scenario must be one with a trainer, which starts and connects the ranks.
 

@@ -1,4 +1,4 @@
-"""Trains under ddp_spawn, ddp_fork or ddp_notebook: ``python spawn_scenario.py FOLDER STRATEGY``."""
+"""Trains under ddp_spawn, ddp_fork or ddp_notebook: ``python noise_scale_spawned.py FOLDER STRATEGY``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every cell of docs/support.md for two ranks: ``python support_scenarios.py FOLDER COLUMN [ROW ...]``.
+"""Every cell of docs/support.md for two ranks: ``python support.py FOLDER COLUMN [ROW ...]``.
 
 COLUMN is ``ddp`` or ``sharded``, whose cells all run in one pair of processes, and each rank writes what it says to
 FOLDER/rank<r>.json; or ``launched``, for the strategies that start their own pair, and this process writes rank0.json.

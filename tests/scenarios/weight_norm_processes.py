@@ -1,6 +1,6 @@
 """Train under a strategy of several processes and save what the calling process holds afterwards.
 
-Run as a script: ``python train_in_processes.py STRATEGY FOLDER [recurrent]``.
+Run as a script: ``python weight_norm_processes.py STRATEGY FOLDER [recurrent]``.
 """
 
 import sys

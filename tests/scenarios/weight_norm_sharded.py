@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU ranks with weight-normalized layers: ``python sharded_in_processes.py FOLDER``.
+"""FSDP2 on two CPU ranks with weight-normalized layers: ``python weight_norm_sharded.py FOLDER``.
 
 Each rank writes what it found to FOLDER/rank<r>.json.
 """

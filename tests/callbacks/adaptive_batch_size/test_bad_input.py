@@ -168,7 +168,7 @@ def test_what_counts_optimizer_steps_is_warned_of(model, schedule, settings, sen
     [
         {},
         {"target": 0.2, "max_accumulate": 8, "learning_rate": "adam", "allow_decrease": True},
-        {"schedule": {0: 1, 3: 2}, "schedule_by": "examples", "batch_size_fn": "frozen_digits.first_length"},
+        {"schedule": {0: 1, 3: 2}, "schedule_by": "examples", "batch_size_fn": "helpers.frozen_digits.first_length"},
     ],
 )
 def test_from_the_yaml_file_of_a_command_line(monkeypatch, tmp_path, init_args):

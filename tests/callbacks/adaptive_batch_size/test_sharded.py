@@ -20,7 +20,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_along_a_schedule_with_clipping_and_a_scheduler(ranks, optimizer):
-    """The windows are those of one device, worked out in test_adaptive.py; three of the four epochs end short."""
+    """The windows are those of one device, worked out in test_callback.py; three of the four epochs end short."""
     for outcome in outcomes(ranks, "schedule"):
         found = outcome[optimizer]
         assert found["windows"] == [[1, 1, 2, 2, 2, 3], [3, 3, 3, 2], [1] * 11, [5, 5, 1]]
