@@ -1,8 +1,4 @@
-"""Draws the floors of the package, from its imports, into docs/architecture.md.
-
-    python docs/draw_floors.py          # write
-    python docs/draw_floors.py --check  # say whether what is written is still true
-"""
+"""Draws the floors of the package, from its imports, into docs/architecture.md; ``--check`` compares them only."""
 
 from __future__ import annotations
 
