@@ -1,9 +1,10 @@
-"""Whether an optimizer is like SGD or like Adam, which says how its learning rate goes with the batch size."""
+"""How the learning rate goes with the batch size: rules, and which of them fits an optimizer."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal
 
 from torch.optim import Optimizer
 
@@ -65,42 +66,21 @@ def adam_learning_rate_factor(old: float, new: float, critical_batch_size: float
 
 
 LearningRateRule = Literal["sqrt", "linear", "sgd", "adam", "none"]
-
-
-def learning_rate_factor(rule: LearningRateRule, old: float, new: float, noise_scale: float) -> float:
-    """Return the factor on the learning rate from batch size ``old`` to ``new``.
-
-    Args:
-        rule: ``"sqrt"``: the root of the ratio of batch sizes. ``"linear"``: the ratio. ``"sgd"`` and ``"adam"``: by
-            the noise scale (arXiv 1812.06162, section 2.2), which is linear (the root) far below it and 1 far above
-            it. ``"none"``: 1.
-        old: The batch size that the learning rate was chosen for.
-        new: Another one, in the same unit.
-        noise_scale: The noise scale in that unit, for ``"sgd"`` and ``"adam"``.
-
-    Example:
-        >>> [learning_rate_factor(rule, 32, 128, 128) for rule in ("sqrt", "linear", "sgd", "none")]
-        [2.0, 4.0, 2.5, 1.0]
-    """
-    if rule == "sgd":
-        return sgd_learning_rate_factor(old, new, noise_scale)
-    if rule == "adam":
-        return adam_learning_rate_factor(old, new, noise_scale)
-    power = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[rule]
-    return float((new / old) ** power)
-
-
-def needs_noise_scale(rule: LearningRateRule) -> bool:
-    """Whether the rule goes by the noise scale.
-
-    Example:
-        >>> needs_noise_scale("adam"), needs_noise_scale("sqrt")
-        (True, False)
-    """
-    return rule in ("sgd", "adam")
+BY_NOISE_SCALE = frozenset({"sgd", "adam"})
+"""The rules that go by the noise scale."""
+LEARNING_RATE_RULES: dict[str, Callable[[float, float, float], float]] = {
+    "sqrt": lambda old, new, noise_scale: math.sqrt(new / old),
+    "linear": lambda old, new, noise_scale: new / old,
+    "sgd": sgd_learning_rate_factor,
+    "adam": adam_learning_rate_factor,
+    "none": lambda old, new, noise_scale: 1.0,
+}
+"""From the batch size that the learning rate was chosen for, another one and the noise scale, all in one unit, to the
+factor on the learning rate. ``"sgd"`` is linear far below the noise scale, ``"adam"`` the root, and both are 1 far above.
+"""
 
 
 def check_learning_rate_rule(rule: str) -> None:
     """Raise ValueError for an unknown rule."""
-    if rule not in get_args(LearningRateRule):
-        raise ValueError(f"`learning_rate` must be one of {list(get_args(LearningRateRule))}, got {rule!r}.")
+    if rule not in LEARNING_RATE_RULES:
+        raise ValueError(f"`learning_rate` must be one of {list(LEARNING_RATE_RULES)}, got {rule!r}.")

@@ -1,7 +1,10 @@
+import math
+from typing import get_args
+
 import pytest
 import torch
 
-from lightning_wn.batch_size.learning_rate import optimizer_family
+from lightning_wn.batch_size.learning_rate import LEARNING_RATE_RULES, LearningRateRule, optimizer_family
 
 WEIGHTS = [torch.nn.Parameter(torch.ones(2))]
 
@@ -31,3 +34,18 @@ def test_what_keeps_a_second_moment_is_like_adam():
     assert optimizer_family(optimizer) is None
     optimizer.state[WEIGHTS[0]] = {"exp_avg_sq": torch.ones(2)}
     assert optimizer_family(optimizer) == "adam"
+
+
+def test_learning_rate_rules():
+    assert LEARNING_RATE_RULES["sqrt"](16, 64, math.nan) == 2.0
+    assert LEARNING_RATE_RULES["linear"](16, 64, math.nan) == 4.0
+    assert LEARNING_RATE_RULES["none"](16, 64, math.nan) == 1.0
+    # far below the noise scale linear and the root, far above it 1
+    assert LEARNING_RATE_RULES["sgd"](16, 64, 1e9) == pytest.approx(4.0)
+    assert LEARNING_RATE_RULES["adam"](16, 64, 1e9) == pytest.approx(2.0)
+    assert LEARNING_RATE_RULES["sgd"](16, 64, 1e-9) == pytest.approx(1.0)
+    assert LEARNING_RATE_RULES["sgd"](16, 64, 64.0) == pytest.approx((1 + 64 / 16) / (1 + 64 / 64))
+
+
+def test_every_rule_has_a_name_that_users_may_give():
+    assert list(LEARNING_RATE_RULES) == list(get_args(LearningRateRule))

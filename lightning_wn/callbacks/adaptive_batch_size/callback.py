@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_wn.batch_size.learning_rate import (
+    BY_NOISE_SCALE,
+    LEARNING_RATE_RULES,
     LearningRateRule,
     check_learning_rate_rule,
-    learning_rate_factor,
-    needs_noise_scale,
 )
 from lightning_wn.callbacks.adaptive_batch_size.checks import (
     check_clock,
@@ -187,7 +187,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         require_lightning_trainer(trainer, type(self).__name__)
         require_accumulation(trainer, pl_module)
         require_alone(trainer, AdaptiveBatchSizeCallback)
-        needed = self._schedule is None or needs_noise_scale(self.learning_rate)
+        needed = self._schedule is None or self.learning_rate in BY_NOISE_SCALE
         self._noise_scale = find_noise_scale(trainer, self.noise_scale_prefix, needed=needed)
         self._trainers_own = trainer.accumulate_grad_batches
         require_reachable_start(self._trainers_own, self._rule, self._schedule)
@@ -339,11 +339,11 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         trainer.accumulate_grad_batches = self._factor
         self._last_change = trainer.global_step
         noise_scale = math.nan
-        if needs_noise_scale(self.learning_rate):
+        if self.learning_rate in BY_NOISE_SCALE:
             assert self._noise_scale is not None
             noise_scale = require_noise_scale(self._noise_scale, self.learning_rate, trainer.global_step)
-        self._learning_rate_factor = learning_rate_factor(
-            self.learning_rate, self._clock.first, self._factor, noise_scale
+        self._learning_rate_factor = LEARNING_RATE_RULES[self.learning_rate](
+            self._clock.first, self._factor, noise_scale
         )
         assert self._scaled is not None
         self._scaled.factor = self._learning_rate_factor

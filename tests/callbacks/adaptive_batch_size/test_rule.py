@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_wn.batch_size.learning_rate import learning_rate_factor
 from lightning_wn.batch_size.tradeoff import examples_cost
 from lightning_wn.callbacks.adaptive_batch_size.rule import AccumulationRule
 from lightning_wn.callbacks.adaptive_batch_size.schedule import AccumulationSchedule
@@ -109,17 +108,6 @@ def test_comes_to_rest(noise_scale, present):
 def test_bad_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         AccumulationRule(**arguments)
-
-
-def test_learning_rate_rules():
-    assert learning_rate_factor("sqrt", 16, 64, math.nan) == 2.0
-    assert learning_rate_factor("linear", 16, 64, math.nan) == 4.0
-    assert learning_rate_factor("none", 16, 64, math.nan) == 1.0
-    # far below the noise scale linear and the root, far above it 1
-    assert learning_rate_factor("sgd", 16, 64, 1e9) == pytest.approx(4.0)
-    assert learning_rate_factor("adam", 16, 64, 1e9) == pytest.approx(2.0)
-    assert learning_rate_factor("sgd", 16, 64, 1e-9) == pytest.approx(1.0)
-    assert learning_rate_factor("sgd", 16, 64, 64.0) == pytest.approx((1 + 64 / 16) / (1 + 64 / 64))
 
 
 @pytest.mark.parametrize("factors", [{}, {-1: 2}, {0: 0}, {0: 1.5}, {1.5: 2}, {True: 2}])
