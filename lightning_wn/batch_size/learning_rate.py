@@ -75,8 +75,8 @@ LEARNING_RATE_RULES: dict[str, Callable[[float, float, float], float]] = {
     "adam": adam_learning_rate_factor,
     "none": lambda old, new, noise_scale: 1.0,
 }
-"""From the batch size that the learning rate was chosen for, another one and the noise scale, in one unit, to the factor
-on the learning rate. ``"sgd"`` is linear far below the noise scale, ``"adam"`` the root; far above it both are 1.
+"""From the batch size that the learning rate was chosen for, another one and the noise scale, in one unit, to the
+factor on the learning rate. ``"sgd"`` is linear far below the noise scale, ``"adam"`` the root; both are 1 far above.
 """
 
 
