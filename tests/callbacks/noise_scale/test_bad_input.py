@@ -60,6 +60,10 @@ def test_half_life_steps(half_life):
         GradientNoiseScaleCallback(half_life_steps=half_life)
 
 
+def test_an_endless_half_life_forgets_nothing():
+    assert GradientNoiseScaleCallback(half_life_steps=math.inf).half_life_steps == math.inf
+
+
 def test_decay_and_half_life():
     with pytest.raises(ValueError, match="say the same thing twice; give one of them"):
         GradientNoiseScaleCallback(ema_decay=0.9, half_life_steps=100)

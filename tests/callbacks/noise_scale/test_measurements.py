@@ -101,6 +101,10 @@ class TestByOptimizerAndGroup:
         found.synchronize(across_ranks=False)
         assert found.has_measured
         assert (found.estimate().batch_size, found.micro_batch_size) == (64, 32)
+        # two ranks of this one's kind: each has two micro-batches of 32
+        add_step(found[0].metric, 10.0)
+        found[0].metric.fold_pending(2 * found[0].metric.pending)
+        assert (found.estimate().batch_size, found.micro_batch_size) == (128, 64)
 
     def test_optimizers_of_the_run_and_of_a_checkpoint(self):
         found = measurements(optimizers=2)
