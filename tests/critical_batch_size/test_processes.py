@@ -20,7 +20,7 @@ SCRIPT = SCENARIOS / "critical_batch_size.py"
 
 def test_killed_and_resumed(tmp_path):
     """SIGKILL in the middle of the second of three branches; the result is that of a measurement left in peace."""
-    process = start_script(SCRIPT, str(tmp_path), "is_killed", log=tmp_path / "log.txt")
+    process = start_script(SCRIPT, str(tmp_path), "is_killed", logs=tmp_path)
     try:
         end = time.monotonic() + LIMIT
         while not (tmp_path / "waits").exists():

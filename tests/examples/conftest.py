@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from helpers.processes import LIMIT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -68,33 +69,41 @@ def _is_alive(process_group):
     return any(int(group) == process_group and state[0] != "Z" for group, state in map(str.split, states.splitlines()))
 
 
+def run_afresh(script, arguments, folder):
+    """Run an example in a new interpreter, as its user does."""
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key not in ("DISPLAY", "MPLBACKEND")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        # a process group of its own, so that what it leaves behind can be found and ended
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, stdout + stderr
+        # the other ranks end by themselves, a moment after rank 0
+        end = time.monotonic() + LIMIT
+        while _is_alive(process.pid):
+            assert time.monotonic() < end, "processes are left behind"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return stdout, stderr
+
+
 @pytest.fixture
 def run_example(tmp_path):
-    def run(script, *arguments, timeout):
-        environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "MPLBACKEND")}
-        process = subprocess.Popen(
-            [sys.executable, EXAMPLES / script, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            # a process group of its own, so that what it leaves behind can be found and ended
-            start_new_session=True,
-        )
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-            assert process.returncode == 0, stdout + stderr
-            # the other ranks end by themselves, a moment after rank 0
-            deadline = time.monotonic() + 30
-            while _is_alive(process.pid):
-                assert time.monotonic() < deadline, "processes are left behind"
-                time.sleep(0.1)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        return Finished(tmp_path / "runs" / Path(script).stem, stdout, stderr)
+    """Runs an example in an empty folder, in a new interpreter or in a fork of one that has imported what it needs."""
+
+    def run(script, *arguments, afresh=True):
+        path = EXAMPLES / script
+        outputs = run_afresh(path, arguments, tmp_path) if afresh else run_script(path, *arguments, cwd=tmp_path)
+        return Finished(tmp_path / "runs" / path.stem, *outputs)
 
     return run

@@ -3,7 +3,6 @@ import itertools
 import math
 
 import matplotlib.image
-import pytest
 
 
 def read_rows(path):
@@ -11,9 +10,8 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.timeout(200)
 def test_the_adaptive_run_takes_fewer_steps_over_the_planned_data(run_example):
-    finished = run_example("adaptive_batch_size.py", "--quick", timeout=180)
+    finished = run_example("adaptive_batch_size.py", "--quick", afresh=False)
     assert not finished.stderr, finished.stderr
     ways = {row["way"]: {k: v if k == "way" else float(v) for k, v in row.items()} for row in
             read_rows(finished.folder / "summary.csv")}  # fmt: skip

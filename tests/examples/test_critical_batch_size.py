@@ -71,9 +71,8 @@ def test_an_interval_without_an_end_can_be_drawn(example):
     example.plt.close(figure)
 
 
-@pytest.mark.timeout(200)
 def test_the_comparison_runs_from_end_to_end(run_example):
-    finished = run_example("critical_batch_size.py", "--quick", timeout=180)
+    finished = run_example("critical_batch_size.py", "--quick", afresh=False)
     tables = {}
     for name in ("results", "steps", "targets"):
         with (finished.folder / f"{name}.csv").open() as file:

@@ -1,12 +1,10 @@
 import json
 
 import matplotlib.image
-import pytest
 
 
-@pytest.mark.timeout(200)
 def test_the_comparison_runs_from_end_to_end(run_example):
-    finished = run_example("weight_norm_vs_batch_norm.py", "--quick", timeout=180)
+    finished = run_example("weight_norm_vs_batch_norm.py", "--quick", afresh=False)
     results = json.loads((finished.folder / "results.json").read_text())
     assert list(results) == ["plain", "wn", "wn_data", "wn_mean_only", "batch_norm"]
     for result in results.values():

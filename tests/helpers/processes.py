@@ -36,9 +36,12 @@ _FORKS.set_forkserver_preload(["lightning.pytorch", "sklearn.datasets", "torch.d
 
 
 def start_script(
-    script: Path, *arguments: str, cwd: Path | None = None, log: Path, rank: int | None = None, port: int = 0
+    script: Path, *arguments: str, logs: Path, cwd: Path | None = None, rank: int | None = None, port: int = 0
 ) -> BaseProcess:
-    """Start a script, as one of several ranks or as one that may launch its own; what it prints goes to a file."""
+    """Start a script, as one of several ranks or as one that may launch its own.
+
+    What it prints goes to the files stdout and stderr of the folder ``logs``, with the rank behind them.
+    """
     environment = {
         "OMP_NUM_THREADS": "1",  # two ranks on two cores
         "GLOO_SOCKET_IFNAME": "lo",
@@ -49,7 +52,7 @@ def start_script(
     if rank is not None:
         environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     arguments = (str(script), *arguments)
-    process = _FORKS.Process(target=_run, args=(arguments, environment, str(cwd or Path.cwd()), str(log)))
+    process = _FORKS.Process(target=_run, args=(arguments, environment, str(cwd or Path.cwd()), str(logs)))
     process.start()
     return process
 
@@ -61,42 +64,44 @@ def end_script(process: BaseProcess) -> None:
     process.join()
 
 
-def run_script(script: Path, *arguments: str, cwd: Path | None = None, ranks: int | None = None) -> str:
-    """Run a script, on so many ranks or on one that may launch others; return what it printed, or fail with it."""
+def run_script(script: Path, *arguments: str, cwd: Path | None = None, ranks: int | None = None) -> tuple[str, str]:
+    """Run a script, on so many ranks or on one that may launch others; return stdout and stderr, or fail with them."""
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder, f"rank{rank}.txt") for rank in range(ranks or 1)]
+    with tempfile.TemporaryDirectory() as logs:
         processes = [
-            start_script(script, *arguments, cwd=cwd, log=log, rank=rank if ranks else None, port=port)
-            for rank, log in enumerate(logs)
+            start_script(script, *arguments, logs=Path(logs), cwd=cwd, rank=rank if ranks else None, port=port)
+            for rank in range(ranks or 1)
         ]
         try:
             end = time.monotonic() + LIMIT
-            while any(process.is_alive() for process in processes) and time.monotonic() < end:
-                # a rank that failed leaves the others waiting for it
-                if any(process.exitcode for process in processes):
+            # a rank that failed leaves the others waiting for it
+            while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+                if time.monotonic() > end:
                     break
                 time.sleep(0.02)
             codes = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 end_script(process)
-        output = "\n".join(log.read_text(errors="replace") for log in logs)
-    assert not any(code is None or code for code in codes), f"{script.name} {arguments} exited {codes}:\n{output}"
-    return output
+        stdout, stderr = (
+            "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(Path(logs).glob(f"{name}*")))
+            for name in ("stdout", "stderr")
+        )
+    assert codes == [0] * len(codes), f"{script.name} {' '.join(arguments)} exited {codes}:\n{stdout}\n{stderr}"
+    return stdout, stderr
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], cwd: str, log: str) -> None:
+def _run(arguments: Sequence[str], environment: dict[str, str], cwd: str, logs: str) -> None:
     """Be the script."""
     os.setpgid(0, 0)
-    with Path(log).open("wb", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        with Path(logs, name + environment.get("LOCAL_RANK", "")).open("wb", buffering=0) as file:
+            os.dup2(file.fileno(), stream)
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "DISPLAY", "MPLBACKEND"):
         os.environ.pop(name, None)
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+    sys.path[:0] = [str(Path(arguments[0]).parent), str(TESTS.parent), str(TESTS)]
     sys.argv = list(arguments)
     # Lightning looks for the rank when it is imported, which was before
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))
