@@ -48,8 +48,8 @@ def ratio(optimizer: str, lr: float, seed: int, *, batch_norm: bool) -> float:
     class SkipTheStart(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
             if trainer.global_step == 50:
-                exact._synchronize(trainer)
-                near._synchronize(trainer)
+                exact._measurements.synchronize(across_ranks=False)
+                near._measurements.synchronize(across_ranks=False)
                 exact.reset()
                 near.reset()
 

@@ -96,8 +96,8 @@ class Turns(L.Callback):
             self.times[self.turn].append(CLOCK() - self.start)
         if trainer.global_step % 30 == 0:
             start = CLOCK()
-            self.callback._synchronize(trainer)
-            self.callback._log(trainer)
+            self.callback._measurements.synchronize(across_ranks=False)
+            self.callback._log.write(trainer)
             self.synchronization.append(CLOCK() - start)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,25 @@ from lightning_wn.weight_norm.core.module_class import compute_through_class
 from lightning_wn.weight_norm.core.normalized_module import (
     g_and_v,
     has_plain_weight,
+    normalized_weights,
     plain_order,
     plain_weight,
     reshard,
     set_parameters,
-    weight_norm_chains,
+    sort,
 )
 from lightning_wn.weight_norm.core.parametrization import UnitLayout, WeightNorm, decompose
 from lightning_wn.weight_norm.core.selection import NamedLayer, select
 from lightning_wn.weight_norm.core.torch_weight_norm import (
+    legacy_g_and_v,
     legacy_hooks,
-    legacy_parts,
     legacy_weight,
     put_first,
     remove_compatibility_hook,
     remove_legacy,
-    torch_chains,
+    torch_normalized_weights,
 )
-from lightning_wn.weight_norm.sharing import check_sharing
+from lightning_wn.weight_norm.sharing import require_owners_alike
 
 Dim: TypeAlias = Literal["output"] | None
 """What has a norm of its own: each output unit, or each weight."""
@@ -179,18 +180,17 @@ def rewrite(root: nn.Module, layers: Iterable[NamedLayer], dim: Dim = "output") 
         ValueError: If one of the layers cannot be rewritten. The model is then as it was.
     """
     check_dim(dim)
-    todo = [(layer, tensor) for layer in layers for tensor in plain_tensors(layer.module)]
-    layouts = [_check_weight(layer, tensor, dim) for layer, tensor in todo]
-    check_sharing(root, todo)
-    for (layer, tensor), layout in zip(todo, layouts, strict=True):
-        _check_values(layer, tensor, layout)
+    weights = [(layer, tensor) for layer in layers for tensor in plain_tensors(layer.module)]
+    todo = [(layer, tensor, _require_supported(layer, tensor, dim)) for layer, tensor in weights]
+    require_owners_alike(root, weights)
+    for layer, tensor, layout in todo:
+        _require_representable(layer, tensor, layout)
 
     shared: dict[int, tuple[Tensor, Tensor]] = {}
     done: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for (layer, tensor), layout in zip(todo, layouts, strict=True):
-            weight = plain_weight(layer.module, tensor)
-            done.append((layer.module, tensor, weight))
+        for layer, tensor, layout in todo:
+            done.append((layer.module, tensor, plain_weight(layer.module, tensor)))
             _install(layer.module, tensor, layout, shared)
             _rule(layer.module).after_rewriting(layer.module)
     except BaseException:
@@ -199,83 +199,72 @@ def rewrite(root: nn.Module, layers: Iterable[NamedLayer], dim: Dim = "output") 
                 _uninstall(module, tensor, weight)
                 _rule(module).after_folding(module)
         raise
-    return list(dict.fromkeys(layer.name for layer, _ in todo))
+    return list(dict.fromkeys(layer.name for layer, _ in weights))
 
 
 def fold(layers: Iterable[NamedLayer]) -> list[str]:
-    """Fold these layers, as far as they are weight-normalized in any spelling: see :func:`fold_weight_norm`."""
-    todo = [(layer, parts) for layer in layers if (parts := _foldable(layer.module))]
-    for layer, parts in todo:
-        for part in parts:
-            if reason := part.refusal():
+    """Fold these layers, as far as they are weight-normalized by anyone: see :func:`fold_weight_norm`."""
+    todo = [(layer, weights) for layer in layers if (weights := _foldable_weights(layer.module))]
+    for layer, weights in todo:
+        for weight in weights:
+            if reason := weight.refusal():
                 raise ValueError(f"{layer} {reason}")
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
-    for layer, parts in todo:
-        for part in parts:
-            sources = part.sources()
-            key = tuple(map(id, sources))
-            if key not in weights:
-                trainable = any(source.requires_grad for source in sources)
-                weights[key] = nn.Parameter(part.weight(), requires_grad=trainable)
-            part.replace(weights[key])
+    folded: dict[tuple[int, int], nn.Parameter] = {}
+    for layer, weights in todo:
+        for weight in weights:
+            g, v = weight.g_and_v()
+            if (id(g), id(v)) not in folded:
+                trainable = g.requires_grad or v.requires_grad
+                folded[id(g), id(v)] = nn.Parameter(weight.compute(), requires_grad=trainable)
+            weight.replace(folded[id(g), id(v)])
         fold_mean(layer.module)
     return [layer.name for layer, _ in todo]
 
 
 @dataclass(frozen=True)
-class _Folding:
-    """One normalized tensor of a module, about to be folded.
-
-    Attributes:
-        module: The module.
-        name: The tensor's name.
-        chain: Its parametrizations; None under the older hook of torch.
-    """
+class _FoldableWeight:
+    """One normalized weight of a module, about to be folded."""
 
     module: nn.Module
     name: str
-    chain: parametrize.ParametrizationList | None
+    normalized: parametrize.ParametrizationList | None  # None under the older hook of torch
 
     def refusal(self) -> str | None:
-        if self.chain is not None and len(self.chain) > 1:
+        if self.normalized is not None and len(self.normalized) > 1:
             return (
                 "has another parametrization on top of its weight normalization, which cannot be folded from "
                 "under it: remove that one first with `torch.nn.utils.parametrize.remove_parametrizations`."
             )
-        if any(isinstance(source, DTensor) for source in self.sources()):
+        if any(isinstance(tensor, DTensor) for tensor in self.g_and_v()):
             return (
                 "is sharded, and its class is no longer its own: fold a model that is not, loaded from a "
                 'checkpoint of this one (`checkpoint="parametrized"`).'
             )
         return None
 
-    def sources(self) -> tuple[Tensor, Tensor]:
-        return legacy_parts(self.module, self.name) if self.chain is None else g_and_v(self.chain)
+    def g_and_v(self) -> tuple[Tensor, Tensor]:
+        return legacy_g_and_v(self.module, self.name) if self.normalized is None else g_and_v(self.normalized)
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def compute(self) -> Tensor:
         # not `module.weight`, which may come from a scope that keeps it
-        chain = self.chain
-        computed = legacy_weight(self.module, legacy_hooks(self.module)[self.name]) if chain is None else chain()
-        return cast(Tensor, computed).detach()
+        weight = legacy_weight(self.module, self.name) if self.normalized is None else self.normalized()
+        return cast(Tensor, weight).detach()
 
     def replace(self, weight: nn.Parameter) -> None:
-        if self.chain is None:
-            remove_legacy(self.module, legacy_hooks(self.module)[self.name], weight)
+        if self.normalized is None:
+            remove_legacy(self.module, self.name, weight)
             return
         _uninstall(self.module, self.name, weight)
         if (rule := rule_for(self.module)) is not None:
             rule.after_folding(self.module)
-        if not torch_chains(self.module):
+        if not torch_normalized_weights(self.module):
             remove_compatibility_hook(self.module)
 
 
-def _foldable(module: nn.Module) -> list[_Folding]:
-    chains = weight_norm_chains(module) | torch_chains(module)
-    return [
-        *(_Folding(module, name, chain) for name, chain in chains.items()),
-        *(_Folding(module, name, None) for name in legacy_hooks(module)),
-    ]
+def _foldable_weights(module: nn.Module) -> list[_FoldableWeight]:
+    by_name = {**normalized_weights(module), **torch_normalized_weights(module), **dict.fromkeys(legacy_hooks(module))}
+    return [_FoldableWeight(module, name, normalized) for name, normalized in by_name.items()]
 
 
 def _rule(module: nn.Module) -> LayerRule:
@@ -284,23 +273,21 @@ def _rule(module: nn.Module) -> LayerRule:
     return rule
 
 
-def _check_weight(layer: NamedLayer, tensor: str, dim: Dim) -> UnitLayout:
-    module = layer.module
-    reason = _rule(module).refusal(module) or _tensor_refusal(module, tensor)
-    if reason is not None:
+def _require_supported(layer: NamedLayer, tensor: str, dim: Dim) -> UnitLayout:
+    module, rule = layer.module, _rule(layer.module)
+    if reason := rule.refusal(module) or _tensor_refusal(module, plain_weight(module, tensor)):
         raise ValueError(f"{layer} cannot be weight-normalized: {reason}.")
-    return UnitLayout(per_tensor=True) if dim is None else _rule(module).layout(module)
+    return UnitLayout(per_tensor=True) if dim is None else rule.layout(module)
 
 
-def _check_values(layer: NamedLayer, tensor: str, layout: UnitLayout) -> None:
+def _require_representable(layer: NamedLayer, tensor: str, layout: UnitLayout) -> None:
     try:
         decompose(plain_weight(layer.module, tensor), layout)
     except ValueError as error:
         raise ValueError(f"{layer} cannot be weight-normalized: {error}.") from None
 
 
-def _tensor_refusal(module: nn.Module, tensor: str) -> str | None:
-    weight = plain_weight(module, tensor)
+def _tensor_refusal(module: nn.Module, weight: nn.Parameter) -> str | None:
     if weight.is_meta and not hasattr(module, "reset_parameters"):
         return (
             "its weight is on the meta device, without values, and the class has no `reset_parameters` that "
@@ -335,7 +322,7 @@ def _weight_refusal(weight: nn.Parameter) -> str | None:
     return None
 
 
-def _install(module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _install(module: Any, tensor: str, layout: UnitLayout, shared: dict[int, tuple[Tensor, Tensor]]) -> None:
     weight = plain_weight(module, tensor)
     weight_norm = WeightNorm(layout)
     weight_norm.replaced = weakref.ref(weight)
@@ -344,40 +331,37 @@ def _install(module: nn.Module, tensor: str, layout: UnitLayout, shared: dict[in
         _give_own_class(module)
     parametrize.register_parametrization(module, tensor, weight_norm)
     # torch builds the containers around it in training mode
-    assert isinstance(module.parametrizations, nn.ModuleDict)
     module.parametrizations.train(module.training)
     compute_through_class(module, tensor)
     add_state_hooks(module)
-    chain = weight_norm_chains(module)[tensor]
+    normalized = normalized_weights(module)[tensor]
     if id(weight) in shared:
-        chain.original0, chain.original1 = shared[id(weight)]
-    shared[id(weight)] = g_and_v(chain)
+        normalized.original0, normalized.original1 = shared[id(weight)]
+    shared[id(weight)] = g_and_v(normalized)
 
 
-def _uninstall(module: nn.Module, tensor: str, weight: nn.Parameter) -> None:
+def _uninstall(module: Any, tensor: str, weight: nn.Parameter) -> None:
     """Give the module this plain weight in place of its parametrization.
 
     torch's ``remove_parametrizations`` makes a buffer of a frozen weight, puts the weight behind the bias,
     and deletes the property from a class that deep copies of the module share.
     """
-    is_ours = tensor in weight_norm_chains(module)
+    is_ours = tensor in normalized_weights(module)
     order = plain_order(module)
     remove_state_hooks(module)
     forget(module)
     plain_class = type(module).__bases__[0]
-    assert isinstance(module.parametrizations, nn.ModuleDict)
     del module.parametrizations[tensor]
     if len(module.parametrizations) == 0:
         del module.parametrizations
         module.__class__ = plain_class
     else:
         _give_own_class(module, without=tensor)
-        if weight_norm_chains(module):
+        if normalized_weights(module):
             add_state_hooks(module)
     module.register_parameter(tensor, weight)
     if is_ours:
-        parameters = module._parameters
-        set_parameters(module, {name: parameters[name] for name in (*order, *parameters) if name in parameters})
+        set_parameters(module, sort(module._parameters, order))
     else:
         put_first(module, tensor)
 

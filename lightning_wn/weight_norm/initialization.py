@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_wn.summing import summing_dtype
 from lightning_wn.weight_norm.core.cache import forget, set_aside
 from lightning_wn.weight_norm.core.mean_only_batch_norm import gives_pre_activations, mean_only_of, unit_dim
-from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, weight_norm_chains, weight_norm_of
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, normalized_weights, weight_norm_of
 from lightning_wn.weight_norm.core.selection import NamedLayer
+from lightning_wn.weight_norm.unit_moments import UnitMoments, gather_ranks, pool_moments, unit_moments
 
 _G = "parametrizations.weight.original0"
 _OTHERWISE = 'name the layer in `exclude`, or take `init="keep"`'
@@ -105,7 +105,7 @@ class DataDependentInitialization:
             layers = [NamedLayer((name,), module) for name, module in layers.named_modules()]
         self._layers = [layer for layer in layers if can_initialize(layer.module)]
         for layer in self._layers:
-            if is_sharded(weight_norm_chains(layer.module)["weight"]):
+            if is_sharded(normalized_weights(layer.module)["weight"]):
                 raise ValueError(
                     f"Data-dependent initialization cannot set {layer}, whose parameters are sharded: inside a forward "
                     "pass they are copies. Initialize before sharding, by running a batch through the model in "
@@ -175,22 +175,21 @@ class DataDependentInitialization:
         bias = module._parameters.get("bias")
         neutral = {_G: torch.ones_like(g)} | ({} if bias is None else {"bias": torch.zeros_like(bias)})
         moments, noise = _measure(layer, neutral, args, kwargs)
-        _check_moments(layer, moments)
+        _require_variance(layer, moments)
 
         length = g if id(g) in self._before else _gain(layer, moments, noise)
         self._set(g, length)
         # what a scope of the user's may hold
         forget(module)
         mean = moments.mean * length.flatten().to(moments.mean.dtype)
-        mean_only = mean_only_of(module)
-        if mean_only is not None:
+        if (mean_only := mean_only_of(module)) is not None:
             # which takes the mean away itself, and keeps b in its place
             self._set(mean_only.running_mean, mean)
             mean = torch.zeros_like(mean)
         if bias is not None and bias.requires_grad and id(bias) not in self._before:
             self._set(bias, -mean)
         if _has_own_forward(module):
-            _check_result(layer, moments, noise, args, kwargs)
+            _require_scaling_with_g(layer, moments, noise, args, kwargs)
 
     def _set(self, tensor: Tensor, value: Tensor) -> None:
         self._before.setdefault(id(tensor), (tensor, tensor.clone()))
@@ -198,7 +197,7 @@ class DataDependentInitialization:
 
 
 def _g_and_v(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return g_and_v(weight_norm_chains(module)["weight"])
+    return g_and_v(normalized_weights(module)["weight"])
 
 
 def _gain(layer: NamedLayer, moments: UnitMoments, noise: Tensor) -> Tensor:
@@ -215,7 +214,7 @@ def _gain(layer: NamedLayer, moments: UnitMoments, noise: Tensor) -> Tensor:
     return length
 
 
-def _check_moments(layer: NamedLayer, moments: UnitMoments) -> None:
+def _require_variance(layer: NamedLayer, moments: UnitMoments) -> None:
     count = int(moments.count)
     if count < 2:
         raise ValueError(
@@ -229,7 +228,7 @@ def _check_moments(layer: NamedLayer, moments: UnitMoments) -> None:
         )
 
 
-def _check_result(
+def _require_scaling_with_g(
     layer: NamedLayer, moments: UnitMoments, noise: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     """See that a forward method of the user's own scales with g."""
@@ -239,14 +238,14 @@ def _check_result(
     after, _ = _measure(layer, {}, args, kwargs)
     # half types round g to 1/256
     if bool(((after.variance.sqrt() - expected).abs() > 0.02 * expected + noise * length).any()):
-        raise ValueError(f"{_not_a_pre_activation(layer)}.")
+        raise _not_a_pre_activation(layer)
 
 
-def _not_a_pre_activation(layer: NamedLayer) -> str:
-    return (
+def _not_a_pre_activation(layer: NamedLayer) -> ValueError:
+    return ValueError(
         f"Data-dependent initialization cannot set {layer}, because its own `forward` computes something else than a "
         "pre-activation per unit, such as an activation function on top: move that into a module of its own, "
-        f"{_OTHERWISE}"
+        f"{_OTHERWISE}."
     )
 
 
@@ -277,9 +276,10 @@ def _measure(
     units = _g_and_v(module)[0].numel()
     dim = unit_dim(module)
     if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] != units:
-        raise ValueError(f"{_not_a_pre_activation(layer)}.")
+        raise _not_a_pre_activation(layer)
     local = unit_moments(output.to(wide), dim)
-    peaks = [t.abs().max() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and _is_filled(t)]
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+    peaks = [t.abs().max() for t in inputs if t.numel()]
     peak = torch.stack(peaks).prod() if isinstance(module, nn.Bilinear) and peaks else max(peaks, default=local.count)
     ranks = gather_ranks(torch.cat([local.count.view(1), peak.view(1).to(local.mean), local.mean, local.squares]))
     moments = pool_moments(ranks[:, 0], ranks[:, 2 : 2 + units], ranks[:, 2 + units :])
@@ -337,91 +337,9 @@ def _aside(module: nn.Module, device: torch.device) -> Iterator[None]:
         parametrize._cache_enabled, parametrize._cache = cache
 
 
-def _is_filled(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0
-
-
 def _has_own_forward(module: nn.Module) -> bool:
     """Tell whether the layer computes something of its user's own making."""
     if "forward" in vars(module):
         return True
     methods = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
     return not all(m is None or m.__module__.startswith("torch.nn.modules.") for m in methods)
-
-
-@dataclass(frozen=True)
-class UnitMoments:
-    """Count, mean and summed squared deviation of the values of each unit.
-
-    Attributes:
-        count: The values of one unit, a scalar tensor; every unit has as many.
-        mean: The mean of each unit, shape (units,).
-        squares: The sum of squared deviations from the mean, shape (units,).
-    """
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    @property
-    def variance(self) -> Tensor:
-        """The biased variance, shape (units,)."""
-        return self.squares / self.count
-
-
-def unit_moments(values: Tensor, dim: int) -> UnitMoments:
-    """Compute the moments over all dimensions but one.
-
-    Args:
-        values: In float32 or float64.
-        dim: The dimension of the units.
-
-    Returns:
-        The moments, in float64 where the device has it.
-
-    Example:
-        >>> moments = unit_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), dim=-1)
-        >>> moments.mean, moments.variance
-        (tensor([2., 5.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
-    """
-    wide = summing_dtype(values.device)
-    rows = values.movedim(dim, 0).reshape(values.shape[dim], -1)
-    count = torch.tensor(float(rows.shape[1]), dtype=wide, device=rows.device)
-    mean = rows.sum(1, dtype=wide) / count.clamp_min(1.0)
-    # in the type of the values, which saves a wide copy of them: the mean's rounding is theirs, too
-    centered = rows - mean.to(rows.dtype).unsqueeze(1)
-    return UnitMoments(count, mean, centered.square_().sum(1, dtype=wide))
-
-
-def gather_ranks(row: Tensor) -> Tensor:
-    """Collect one row of numbers from each rank, shape (ranks, numbers): (1, numbers) in one process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return row.unsqueeze(0)
-    rows = [torch.empty_like(row) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(rows, row)
-    return torch.stack(rows)
-
-
-def pool_moments(counts: Tensor, means: Tensor, squares: Tensor) -> UnitMoments:
-    """Merge the moments of disjoint parts, in the order in which they are given.
-
-    Args:
-        counts: Shape (parts,); a part may be empty.
-        means: Shape (parts, units).
-        squares: Shape (parts, units).
-
-    Returns:
-        The moments of all parts together (Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm
-        for Computing Sample Variances*, 1979).
-
-    Example:
-        >>> parts = [unit_moments(torch.tensor([[x], [y]]), dim=-1) for x, y in ((1.0, 3.0), (5.0, 7.0))]
-        >>> pooled = pool_moments(*(torch.stack(t) for t in zip(*((p.count, p.mean, p.squares) for p in parts))))
-        >>> pooled.mean, pooled.variance
-        (tensor([4.], dtype=torch.float64), tensor([5.], dtype=torch.float64))
-    """
-    count = counts.sum()
-    share = (counts / count.clamp_min(1.0)).unsqueeze(1)
-    mean = (share * means).sum(0)
-    between = (counts.unsqueeze(1) * (means - mean).square()).sum(0)
-    return UnitMoments(count, mean, squares.sum(0) + between)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_wn.weight_norm.core.normalized_module import g_and_v, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, normalized_weights
 
 
 def weight_norm_parameter_groups(
@@ -41,7 +41,7 @@ def weight_norm_parameter_groups(
     """
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay` must be a number of at least 0, got {weight_decay!r}.")
-    parts = [g_and_v(chain) for layer in module.modules() for chain in weight_norm_chains(layer).values()]
+    parts = [g_and_v(normalized) for layer in module.modules() for normalized in normalized_weights(layer).values()]
     spared = {id(g) for g, _ in parts if not decay_g} | {id(v) for _, v in parts if not decay_v}
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [

@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from lightning_wn.text import some
 from lightning_wn.weight_norm.core.layers import rule_for
 from lightning_wn.weight_norm.core.selection import NamedLayer
 
@@ -19,7 +19,7 @@ class _Owner(NamedTuple):
     is_rewritten: bool
 
 
-def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) -> None:
+def require_owners_alike(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) -> None:
     """Raise unless every weight to rewrite is owned by layers that are all rewritten alike.
 
     Args:
@@ -29,11 +29,6 @@ def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) ->
     Raises:
         ValueError: If a weight has an owner that keeps the plain one, or owners whose units differ, or shares
             its memory with another Parameter.
-
-    Example:
-        >>> tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
-        >>> tied[1].weight = tied[0].weight
-        >>> check_sharing(tied, [(NamedLayer((str(i),), tied[i]), "weight") for i in range(2)])
     """
     rewritten = {(id(layer.module), name): getattr(layer.module, name) for layer, name in weights}
     owners: dict[int, list[_Owner]] = {}
@@ -45,33 +40,29 @@ def check_sharing(root: nn.Module, weights: Iterable[tuple[NamedLayer, str]]) ->
 
     for weight in rewritten.values():
         shared = owners[id(weight)]
-        plain = [owner.name for owner in shared if not owner.is_rewritten]
-        names = ", ".join(repr(owner.name) for owner in shared)
+        plain = [repr(owner.name) for owner in shared if not owner.is_rewritten]
+        names = some(repr(owner.name) for owner in shared)
         if plain:
             raise ValueError(
-                f"{names} are one shared Parameter, but {', '.join(map(repr, plain))} would not be "
+                f"{names} are one shared Parameter, but {some(plain)} would not be "
                 "weight-normalized: select all modules that share it (an Embedding has to be named in "
                 "`modules`) or exclude all of them."
             )
-        if len({_layout(owner.module) for owner in shared}) > 1:
+        rules = [(owner.module, rule_for(owner.module)) for owner in shared]
+        if len({rule.layout(module) if rule is not None else None for module, rule in rules}) > 1:
             raise ValueError(
                 f"{names} are one shared Parameter, but their output units lie on different dimensions of "
                 "it, so that one g cannot serve them: exclude all of them."
             )
-    _check_memory(root, {id(weight) for weight in rewritten.values()})
+    _require_memory_apart(root, {id(weight) for weight in rewritten.values()})
 
 
-def _layout(module: nn.Module) -> object:
-    rule = rule_for(module)
-    return rule.layout(module) if rule is not None else None
-
-
-def _check_memory(root: nn.Module, rewritten: set[int]) -> None:
+def _require_memory_apart(root: nn.Module, rewritten: set[int]) -> None:
     """Refuse two Parameters over the same memory: new g and v would silently untie them."""
     spans = sorted(
         (str(parameter.device), *_span(parameter), name, id(parameter) in rewritten)
         for name, parameter in root.named_parameters()
-        if not is_lazy(parameter) and parameter.numel() and _has_memory(parameter)
+        if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel()
     )
     for (device, _, end, name, first), (other_device, start, _, other, second) in pairwise(spans):
         if device == other_device and start < end and (first or second):
@@ -79,10 +70,6 @@ def _check_memory(root: nn.Module, rewritten: set[int]) -> None:
                 f"{name!r} and {other!r} share memory without being one Parameter, and rewriting one would "
                 "silently untie them: assign the same Parameter to both modules, or exclude them."
             )
-
-
-def _has_memory(parameter: Tensor) -> bool:
-    return type(parameter) is nn.Parameter and parameter.device.type != "meta"
 
 
 def _span(parameter: Tensor) -> tuple[int, int]:

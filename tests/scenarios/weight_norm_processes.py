@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_wn import WeightNormCallback
 from lightning_wn.weight_norm import apply_weight_norm, fold_weight_norm
-from lightning_wn.weight_norm.core.normalized_module import has_plain_weight, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import has_plain_weight, normalized_weights
 
 
 def build():
@@ -33,7 +33,7 @@ def recurrent(strategy, folder):
     options = {"strategy": strategy, "devices": 2, "max_epochs": 3, "enable_checkpointing": True}
     callback = WeightNormCallback("net.*", init="data", mean_only_batch_norm=True)
     quiet_trainer(callback, saver, **options).fit(model)
-    home = {name: weight_norm_chains(module) for name, module in model.net.items()}
+    home = {name: normalized_weights(module) for name, module in model.net.items()}
     fold_weight_norm(model)
     last = torch.load(folder / strategy / "last.ckpt", weights_only=True)["state_dict"]
     results = {

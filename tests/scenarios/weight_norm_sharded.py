@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_wn import WeightNormCallback
 from lightning_wn.weight_norm import add_mean_only_batch_norm, apply_weight_norm, cached_weight_norm, fold_weight_norm
-from lightning_wn.weight_norm.core.normalized_module import reshard, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import normalized_weights, reshard
 
 
 class Sharded(Regression):
@@ -170,7 +170,7 @@ def weights(model):
     return {
         name if tensor == "weight" else f"{name}.{tensor}": chain().full_tensor().detach()
         for name, layer in model.named_modules()
-        for tensor, chain in weight_norm_chains(layer).items()
+        for tensor, chain in normalized_weights(layer).items()
     }
 
 

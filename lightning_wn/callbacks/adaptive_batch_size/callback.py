@@ -35,7 +35,7 @@ from lightning_wn.callbacks.adaptive_batch_size.schedule import AccumulationSche
 from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.callbacks.scheduler_clock import SchedulerClock
 from lightning_wn.callbacks.whole_windows import WholeWindows
-from lightning_wn.callbacks.worker_results import Mailbox
+from lightning_wn.callbacks.worker_results import WorkerResults
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.trainer import is_log_step, log_interval, log_metrics, require_lightning_trainer, step_to_log
 
@@ -154,7 +154,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self.batch_size_fn = batch_size_fn
         self.noise_scale_prefix = noise_scale_prefix
         self.prefix = prefix
-        self._mailbox = Mailbox(9)
+        self._worker_results = WorkerResults()
         self._trainer: Trainer | None = None
         self._noise_scale: GradientNoiseScaleCallback | None = None
         self._trainers_own = 1
@@ -372,7 +372,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self, factor: int) -> None:
-        self._mailbox.collect()
+        self._worker_results.collect()
         self._factor = factor
         self._wanted = factor
         self._learning_rate_factor = 1.0
@@ -430,11 +430,11 @@ class AdaptiveBatchSizeCallback(WholeWindows):
     def _post_mail(self) -> None:
         state = self._state()
         clock = state.pop("scheduler_steps")
-        self._mailbox.post([*map(float, state.values()), *map(float, clock)])
+        self._worker_results.hand_over([*map(float, state.values()), *map(float, clock)])
 
     def _collect_mail(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
-        mail = self._mailbox.collect()
+        mail = self._worker_results.collect()
         if mail is None:
             return
         *numbers, in_epoch, behind = mail

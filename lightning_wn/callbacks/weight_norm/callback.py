@@ -13,29 +13,30 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.callbacks.weight_norm.checks import (
-    check_optimizers,
-    refuse_averages_without_means,
-    refuse_copied_model,
-    refuse_sharded_form,
-    refuse_sharding,
-    refuse_two_forms,
+    require_averaged_means,
+    require_form_for_shards,
+    require_in_optimizers,
+    require_no_earlier_copy,
+    require_one_form,
+    require_whole_parameters,
 )
 from lightning_wn.callbacks.weight_norm.evaluation import EvaluationScope
 from lightning_wn.callbacks.weight_norm.first_batch import FirstBatch, check_init
+from lightning_wn.callbacks.weight_norm.resume import ExactResume, model_copies
 from lightning_wn.callbacks.weight_norm.signals import SignalLog
 from lightning_wn.module_selectors import ModuleSelection, ModuleSelector, as_selectors
-from lightning_wn.trainer import callbacks_of, require_lightning_trainer
+from lightning_wn.text import some
+from lightning_wn.trainer import require_lightning_trainer
 from lightning_wn.weight_norm.apply_and_fold import Dim, check_dim, fold, plain_tensors, rewrite
-from lightning_wn.weight_norm.checkpoint.checks import check_optimizer_state, check_state_dict
-from lightning_wn.weight_norm.checkpoint.exact_resume import ExactResume, model_copies
+from lightning_wn.weight_norm.checkpoint.checks import require_same_optimizer_state, require_same_shapes
 from lightning_wn.weight_norm.checkpoint.fold_on_load import fold_on_load
 from lightning_wn.weight_norm.checkpoint.state_dict import save_as_weights
 from lightning_wn.weight_norm.core.mean_only_batch_norm import (
     attach,
     check_momentum,
     fold_mean,
-    refuse_missing_mean_only,
-    refuse_without_bias,
+    require_biases,
+    require_mean_only,
     without_mean_only,
 )
 from lightning_wn.weight_norm.core.normalized_module import reshard
@@ -172,28 +173,28 @@ class WeightNormCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the layers when ``fit`` begins; otherwise see that checkpoints of g and v can be read."""
         require_lightning_trainer(trainer, type(self).__name__)
-        self._remove_load_hooks()
+        self._clean_up()
         if stage == "fit":
-            refuse_sharding(trainer)
-            refuse_two_forms(trainer, self, self.checkpoint)
+            require_whole_parameters(trainer)
+            require_one_form(trainer, self, self.checkpoint)
         _configure_model(trainer, pl_module)
         selection = self._select(pl_module)
-        check = pl_module.register_load_state_dict_pre_hook(check_state_dict)  # type: ignore[no-untyped-call] # in torch
+        check = pl_module.register_load_state_dict_pre_hook(require_same_shapes)  # type: ignore[no-untyped-call] # in torch
         self._load_hooks = [check]
         if stage != "fit":
             self._load_hooks += fold_on_load(selection.layers)
             return
         reshard(pl_module)
-        refuse_sharded_form(pl_module, self.checkpoint, self.init, fold_on_fit_end=self.fold_on_fit_end)
+        require_form_for_shards(pl_module, self.checkpoint, self.init, fold_on_fit_end=self.fold_on_fit_end)
         # what matches nothing may still match a layer that `LightningModule.setup` builds: see `on_fit_start`
         if _plain(selection) or (self.mean_only_batch_norm and without_mean_only(selection.layers)):
-            refuse_copied_model(trainer, self)
+            require_no_earlier_copy(trainer, self)
         self._rewritten = rewrite(pl_module, selection.layers, self.dim)
         if self._rewritten:
             rank_zero_info(f"{type(self).__name__} weight-normalized {len(self._rewritten)} of the model's layers.")
         if self.mean_only_batch_norm:
             self._add_means(trainer, selection)
-        for copy in model_copies(pl_module, callbacks_of(trainer)).values():
+        for copy in model_copies(trainer, pl_module).values():
             save_as_weights(copy.modules(), self.checkpoint == "folded")
         if self._signals is not None:
             self._signals.start(pl_module)
@@ -238,7 +239,7 @@ class WeightNormCallback(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain if no batch came to initialize from."""
         if self._first_batch is not None:
-            self._first_batch.refuse_empty_fit(trainer)
+            self._first_batch.require_batch(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -253,38 +254,34 @@ class WeightNormCallback(Callback):
     ) -> None:
         """Take g and v from beside the plain weights."""
         if trainer.state.fn == "fit":
-            check_optimizer_state(pl_module, checkpoint)
+            require_same_optimizer_state(pl_module, checkpoint)
         self._resume.load(checkpoint)
         self._resume.restore(trainer, pl_module)
         if self._signals is not None:
             self._signals.load(checkpoint)
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Let weights stand still from the first batch on."""
         if self.cache_evaluation:
             self._scope.begin(pl_module)
 
-    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Let weights stand still from the first batch on."""
-        if self.cache_evaluation:
-            self._scope.begin(pl_module)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Let weights stand still from the first batch on."""
-        if self.cache_evaluation:
-            self._scope.begin(pl_module)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(  # noqa: PLR0917 # Lightning passes them so
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Let weights change after the last batch."""
         self._scope.end_if_last(trainer)
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Let weights change after the last batch."""
-        self._scope.end_if_last(trainer)
-
-    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Let weights change after the last batch."""
-        self._scope.end_if_last(trainer)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let weights change, where the last batch was not known."""
@@ -315,15 +312,17 @@ class WeightNormCallback(Callback):
     def _clean_up(self) -> None:
         self._scope.end()
         self._resume.forget()
-        self._remove_load_hooks()
+        for handle in self._load_hooks:
+            handle.remove()
+        self._load_hooks = []
 
     def _add_means(self, trainer: pl.Trainer, selection: Selection) -> None:
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             where = f"come home from the processes of {type(trainer.strategy).__name__}"
-            refuse_without_bias(selection.layers, where, 'use `strategy="ddp"`')
+            require_biases(selection.layers, where, 'use `strategy="ddp"`')
         elif self.checkpoint == "folded":
-            refuse_without_bias(selection.layers, "be saved", 'pass `checkpoint="parametrized"`')
-        refuse_averages_without_means(trainer)
+            require_biases(selection.layers, "be saved", 'pass `checkpoint="parametrized"`')
+        require_averaged_means(trainer)
         self._centered = attach(
             selection.layers, momentum=self.mean_only_momentum, synchronize=self.mean_only_synchronize
         )
@@ -341,19 +340,14 @@ class WeightNormCallback(Callback):
             )
         if late := _plain(selection):
             raise ValueError(
-                f"{', '.join(map(str, late))} would train without weight normalization, because {name} "
+                f"{some(late)} would train without weight normalization, because {name} "
                 "rewrites the model before `LightningModule.setup` and later hooks run: build layers in "
                 "`__init__` or `configure_model`, or end `LightningModule.setup` with "
                 "`apply_weight_norm(self)`, or exclude them."
             )
         if self.mean_only_batch_norm:
-            refuse_missing_mean_only(selection.layers)
-        check_optimizers(trainer.optimizers, selection.layers)
-
-    def _remove_load_hooks(self) -> None:
-        for handle in self._load_hooks:
-            handle.remove()
-        self._load_hooks = []
+            require_mean_only(selection.layers)
+        require_in_optimizers(trainer.optimizers, selection.layers)
 
 
 def _plain(selection: Selection) -> list[NamedLayer]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_wn.text import some
 from lightning_wn.trainer import callbacks_of
 from lightning_wn.weight_norm.core.mean_only_batch_norm import MeanOnlyBatchNorm
-from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, weight_norm_chains, weight_norm_in
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, normalized_weights, weight_norm_in
 from lightning_wn.weight_norm.core.selection import NamedLayer
 
 # callbacks of Lightning that copy the model in their own `setup`, and later pair parameters by position
@@ -27,7 +27,7 @@ def _is_lightnings(callback: Callback, names: Sequence[str]) -> bool:
     return any(cls.__name__ in names for cls in bases)
 
 
-def refuse_sharding(trainer: pl.Trainer) -> None:
+def require_whole_parameters(trainer: pl.Trainer) -> None:
     """Raise under strategies whose parameters have no norms of units."""
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ValueError(
@@ -36,17 +36,9 @@ def refuse_sharding(trainer: pl.Trainer) -> None:
         )
 
 
-def refuse_sharded_form(module: nn.Module, checkpoint: str, init: str, *, fold_on_fit_end: bool) -> None:
-    """Raise if parameters are sharded and the callback is asked for what they cannot give.
-
-    Args:
-        module: The model.
-        checkpoint: The callback's argument.
-        init: The callback's argument.
-        fold_on_fit_end: The callback's argument.
-    """
-    chains = [chain for layer in module.modules() for chain in weight_norm_chains(layer).values()]
-    if not any(map(is_sharded, chains)):
+def require_form_for_shards(module: nn.Module, checkpoint: str, init: str, *, fold_on_fit_end: bool) -> None:
+    """Raise if parameters are sharded and the callback's arguments ask for what they cannot give."""
+    if not any(is_sharded(weight) for layer in module.modules() for weight in normalized_weights(layer).values()):
         return
     if checkpoint == "folded" or fold_on_fit_end:
         argument = "fold_on_fit_end=True" if fold_on_fit_end else 'checkpoint="folded"'
@@ -70,7 +62,7 @@ def refuse_sharded_form(module: nn.Module, checkpoint: str, init: str, *, fold_o
         )
 
 
-def refuse_copied_model(trainer: pl.Trainer, own: Callback) -> None:
+def require_no_earlier_copy(trainer: pl.Trainer, own: Callback) -> None:
     """Raise if a callback before ours has copied the model already."""
     for callback in takewhile(lambda other: other is not own, callbacks_of(trainer)):
         if _is_lightnings(callback, _COPIES_MODEL):
@@ -81,7 +73,7 @@ def refuse_copied_model(trainer: pl.Trainer, own: Callback) -> None:
             )
 
 
-def refuse_averages_without_means(trainer: pl.Trainer) -> None:
+def require_averaged_means(trainer: pl.Trainer) -> None:
     """Raise if weights are averaged and running means are not."""
     for callback in callbacks_of(trainer):
         if _is_lightnings(callback, ("StochasticWeightAveraging",)):
@@ -91,7 +83,7 @@ def refuse_averages_without_means(trainer: pl.Trainer) -> None:
             )
 
 
-def refuse_two_forms(trainer: pl.Trainer, own: Callback, checkpoint: str) -> None:
+def require_one_form(trainer: pl.Trainer, own: Callback, checkpoint: str) -> None:
     """Raise if another callback of this kind wants the model saved in another form."""
     others = [other for other in callbacks_of(trainer) if isinstance(other, type(own))]
     if any(getattr(other, "checkpoint", checkpoint) != checkpoint for other in others):
@@ -101,46 +93,28 @@ def refuse_two_forms(trainer: pl.Trainer, own: Callback, checkpoint: str) -> Non
         )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[NamedLayer]) -> None:
+def require_in_optimizers(optimizers: Iterable[Optimizer], layers: Iterable[NamedLayer]) -> None:
     """Raise unless optimizers and weight-normalized layers hold the same Parameters, both ways.
 
     No optimizer may hold a weight that g and v took the place of, and each trainable g and v must be in some
     optimizer. Parameters of an optimizer that belong to no module, such as a learned loss weight kept
-    elsewhere, are legal and none of its business; so is a run in which no optimizer holds anything.
-
-    Args:
-        optimizers: All optimizers of the run.
-        layers: The selected layers; those that this package does not normalize are passed over.
-
-    Raises:
-        ValueError: If the two differ, with the names of the layers and the fix.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from lightning_wn import weight_norm
-        >>> layer = nn.Linear(2, 3)
-        >>> early = torch.optim.SGD(layer.parameters(), lr=0.1)
-        >>> _ = weight_norm.apply_weight_norm(layer)
-        >>> check_optimizers([early], [NamedLayer(("",), layer)])  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ValueError: An optimizer holds the plain weight of Linear, which weight normalization has replaced...
+    elsewhere, are legal and none of its business; so is a run in which no optimizer holds anything. Layers that this
+    package does not normalize are passed over.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if not held:
         return
     stale, missing = [], []
     for layer in layers:
-        for tensor, chain in weight_norm_chains(layer.module).items():
-            weight_norm = weight_norm_in(chain)
+        for tensor, normalized in normalized_weights(layer.module).items():
+            weight_norm = weight_norm_in(normalized)
             owner = str(layer) if tensor == "weight" else f"{tensor} of {layer}"
             replaced = weight_norm.replaced() if weight_norm.replaced is not None else None
             if replaced is not None and id(replaced) in held:
                 stale.append(owner)
             missing += [
                 f"{letter} of {owner}"
-                for letter, parameter in zip("gv", g_and_v(chain), strict=True)
+                for letter, parameter in zip("gv", g_and_v(normalized), strict=True)
                 if parameter.requires_grad and id(parameter) not in held
             ]
     if stale:

@@ -15,13 +15,6 @@ class EvaluationScope:
 
     Between the two, and not longer, averaged weights are in the model: they are swapped in by hooks at the
     start of the loop and out by hooks at its end, by copies that leave no trace.
-
-    Example:
-        >>> from lightning_wn import apply_weight_norm
-        >>> layer, scope = nn.Linear(2, 2), EvaluationScope()
-        >>> names = apply_weight_norm(layer)
-        >>> scope.begin(layer), scope.end()
-        (None, None)
     """
 
     def __init__(self) -> None:
@@ -33,23 +26,12 @@ class EvaluationScope:
             self._layers = open_scope(module)
 
     def end_if_last(self, trainer: pl.Trainer) -> None:
-        """Close the scope if the loop has no batch after this one."""
-        if _is_last_batch(trainer):
+        """Close the scope if the loop has no batch after this one, as far as Lightning knows."""
+        loop: Any = trainer._active_loop
+        if loop.batch_progress.is_last_batch:
             self.end()
 
     def end(self) -> None:
         """Close the scope if it is open."""
         close_scope(self._layers)
         self._layers = []
-
-
-def _is_last_batch(trainer: pl.Trainer) -> bool:
-    """Tell whether the running evaluation loop has no batch after this one, as far as Lightning knows."""
-    loop: Any
-    if trainer.predicting:
-        loop = trainer.predict_loop
-    elif trainer.testing:
-        loop = trainer.test_loop
-    else:
-        loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer.validate_loop
-    return bool(loop.batch_progress.is_last_batch)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_wn.text import some
-from lightning_wn.weight_norm.core.normalized_module import weight_norm_of
+from lightning_wn.weight_norm.core.normalized_module import normalized_weights, weight_norm_in, weight_norm_of
 from lightning_wn.weight_norm.core.selection import NamedLayer
 from lightning_wn.weight_norm.initialization import DataDependentInitialization, can_initialize
 
@@ -27,12 +27,7 @@ class FirstBatch:
 
     @classmethod
     def of(cls, trainer: pl.Trainer, layers: Iterable[NamedLayer]) -> FirstBatch | None:
-        """Wait for the first batch of a fit, unless it resumes or no layer is new.
-
-        Args:
-            trainer: The Trainer, in ``on_fit_start``.
-            layers: The selected layers; those that a batch initialized before are left alone.
-        """
+        """Wait for the first batch of a fit that starts, unless it resumes or a batch initialized all layers before."""
         if _resumes(trainer):
             return None
         fresh = [layer for layer in layers if _is_fresh(layer)]
@@ -50,9 +45,7 @@ class FirstBatch:
         """Go back to ordinary training, and say what was done."""
         self._initialization.detach()
         for layer in self._layers:
-            weight_norm = weight_norm_of(layer.module)
-            assert weight_norm is not None
-            weight_norm.saw_first_batch = True
+            weight_norm_in(normalized_weights(layer.module)["weight"]).saw_first_batch = True
         report = self._initialization.report()
         rank_zero_info(
             f"The first batch initialized {len(report.initialized)} of {len(self._layers)} weight-normalized layers."
@@ -70,12 +63,8 @@ class FirstBatch:
         self._initialization.detach()
         self._initialization.restore()
 
-    def refuse_empty_fit(self, trainer: pl.Trainer) -> None:
-        """Raise if the fit ended without a batch though it was allowed steps.
-
-        Raises:
-            ValueError: If there was no batch.
-        """
+    def require_batch(self, trainer: pl.Trainer) -> None:
+        """Raise if the fit ended without a batch though it was allowed steps."""
         limit_reached = trainer.global_step == trainer.max_steps or trainer.max_epochs == 0
         if not (limit_reached or trainer.should_stop):
             raise ValueError(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from lightning_wn.weight_norm.checkpoint.exact_resume import KEY, named_chains
-from lightning_wn.weight_norm.core.normalized_module import g_and_v, weight_norm_in
+from lightning_wn.trainer import is_log_step, log_interval, log_metrics, step_to_log
+from lightning_wn.weight_norm.checkpoint.exact_resume import KEY
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, named_normalized_weights, weight_norm_in
 from lightning_wn.weight_norm.core.parametrization import unit_norm
 
 
@@ -27,7 +28,7 @@ def mean_norms(module: nn.Module) -> dict[str, float]:
         >>> mean_norms(layer)
         {'weight': 4.0}
     """
-    return {name: float(_norms(chain).mean()) for name, chain in named_chains(module)}
+    return {name: float(_norms(normalized).mean()) for name, normalized in named_normalized_weights(module)}
 
 
 @torch.no_grad()
@@ -53,9 +54,9 @@ def learning_signals(
     """
     rates = {id(p): float(group["lr"]) for opt in optimizers for group in opt.param_groups for p in group["params"]}
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, chain in named_chains(module):
-        g, v = g_and_v(chain)
-        norms = _norms(chain)
+    for name, normalized in named_normalized_weights(module):
+        g, v = g_and_v(normalized)
+        norms = _norms(normalized)
         parts[name] = {"g": g.detach().float().flatten(), "growth": norms.mean() / start.get(name, float("nan"))}
         if id(v) in rates:
             parts[name]["rate"] = rates[id(v)] / norms.square()
@@ -84,12 +85,12 @@ def _summary(parts: list[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
-def _norms(chain: ParametrizationList) -> Tensor:
-    return unit_norm(g_and_v(chain)[1].detach(), weight_norm_in(chain).layout).float().flatten()
+def _norms(normalized: ParametrizationList) -> Tensor:
+    return unit_norm(g_and_v(normalized)[1].detach(), weight_norm_in(normalized).layout).float().flatten()
 
 
 class SignalLog:
-    """Logs :func:`learning_signals` at the Trainer's log steps, to its loggers and ``callback_metrics``.
+    """Logs :func:`learning_signals` where the Trainer logs the model's own numbers, and by the same means.
 
     Args:
         per_layer: Whether to log every layer, too.
@@ -98,26 +99,18 @@ class SignalLog:
     def __init__(self, *, per_layer: bool) -> None:
         self._per_layer = per_layer
         self._start: dict[str, float] = {}
-        self._last_step = -1
 
     def start(self, pl_module: nn.Module) -> None:
         """Remember ‖v‖ as it is now."""
         self._start = mean_norms(pl_module)
-        self._last_step = -1
 
     def log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log if this is a log step that has not been logged."""
-        # the step that Lightning writes beside its own metrics of this optimizer step
-        step = trainer.global_step - 1
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
-        if step < 0 or step == self._last_step or not every or (step + 1) % every:
+        """Log after a batch, if the Trainer does: at log steps, once a window, and where it is told to stop."""
+        if not log_interval(trainer) or trainer.fit_loop._should_accumulate():
             return
-        self._last_step = step
-        values = learning_signals(pl_module, trainer.optimizers, self._start, per_layer=self._per_layer)
-        values = {f"weight_norm/{key}": value for key, value in values.items()}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        if is_log_step(trainer) or trainer.should_stop:
+            values = learning_signals(pl_module, trainer.optimizers, self._start, per_layer=self._per_layer)
+            log_metrics(trainer, {f"weight_norm/{key}": value for key, value in values.items()}, step_to_log(trainer))
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the start of ‖v‖ into a checkpoint."""

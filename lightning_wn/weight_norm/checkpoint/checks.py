@@ -8,24 +8,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_wn.text import some
-from lightning_wn.weight_norm.checkpoint.exact_resume import KEY, named_chains
-from lightning_wn.weight_norm.checkpoint.keys import find_weight
-from lightning_wn.weight_norm.core.normalized_module import g_and_v
+from lightning_wn.weight_norm.checkpoint.exact_resume import KEY
+from lightning_wn.weight_norm.checkpoint.keys import StoredWeight, find_weight
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, named_normalized_weights
 
 
-def check_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def require_same_shapes(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Raise if a weight to be normalized is of another shape: a pre-hook of ``load_state_dict``.
 
     torch finds that out when it has loaded the other layers already.
-
-    Raises:
-        ValueError: With the names of the weights and what to do.
     """
     problems = []
-    for name, chain in named_chains(module):
-        owner, dot, tensor = name.rpartition(".")
-        stored = find_weight(state_dict, f"{prefix}{owner}{dot}", tensor)
-        shape = g_and_v(chain)[1].shape
+    for name, normalized in named_normalized_weights(module):
+        stored = _find(state_dict, f"{prefix}{name}")
+        shape = g_and_v(normalized)[1].shape
         # what is missing is legal in a load that is not strict, which a hook cannot know
         if stored is not None and stored.shape != shape:
             problems.append(f"{name!r} has the shape {tuple(stored.shape)}, not {tuple(shape)}")
@@ -36,23 +32,18 @@ def check_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
         )
 
 
-def check_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Raise if the checkpoint's optimizers belong to parameters of other shapes than g and v have now.
-
-    Raises:
-        ValueError: With the names of the weights and what to do.
-    """
+def require_same_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Raise if the checkpoint's optimizers belong to parameters of other shapes than g and v have now."""
     if not checkpoint.get("optimizer_states"):
         return
-    beside = checkpoint.get(KEY, {}).get("model", {})
+    exact = checkpoint.get(KEY, {}).get("model", {})
     state = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
     plain: list[str] = []
     others: list[str] = []
-    for name, chain in named_chains(module):
-        g = g_and_v(chain)[0]
-        owner, dot, tensor = name.rpartition(".")
-        stored = find_weight(state, f"{owner}{dot}", tensor)
-        saved = beside[name][0] if name in beside else stored.values[0] if stored and len(stored.values) > 1 else None
+    for name, normalized in named_normalized_weights(module):
+        g = g_and_v(normalized)[0]
+        stored = _find(state, name)
+        saved = exact[name][0] if name in exact else stored.values[0] if stored and len(stored.values) > 1 else None
         if not g.requires_grad or stored is None:
             continue
         if saved is None:
@@ -73,3 +64,8 @@ def check_optimizer_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
             "The checkpoint's optimizer was built for a model that is normalized over other dimensions: g of "
             f"{some(others)}. Normalize as it was, or, {fix}"
         )
+
+
+def _find(state_dict: Mapping[str, Tensor], qualified_name: str) -> StoredWeight | None:
+    owner, dot, name = qualified_name.rpartition(".")
+    return find_weight(state_dict, f"{owner}{dot}", name)

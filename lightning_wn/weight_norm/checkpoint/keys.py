@@ -1,4 +1,4 @@
-"""How files spell a weight: plain, or as g and v in the ways of torch and of this package."""
+"""The keys of a weight in a file: plain, or as g and v in the ways of torch and of this package."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class StoredWeight:
 
 
 def g_and_v_keys(prefix: str, name: str) -> tuple[str, str]:
-    """Return the keys of g and v in the spelling of torch's parametrizations, which is also ours."""
+    """Return the keys of g and v as torch's parametrizations name them, and this package too."""
     return f"{prefix}parametrizations.{name}.original0", f"{prefix}parametrizations.{name}.original1"
 
 
 def find_weight(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> StoredWeight | None:
-    """Find a weight in a state dict, in any spelling.
+    """Find a weight in a state dict, under any of the keys that it may have.
 
     Args:
         state_dict: The state dict.
@@ -54,12 +54,12 @@ def find_weight(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Sto
         >>> find_weight(state, "conv.", "weight").keys
         ('conv.weight_g', 'conv.weight_v')
     """
-    spellings = (
+    known = (
         g_and_v_keys(prefix, name),
         (f"{prefix}{name}_g", f"{prefix}{name}_v"),
         (f"{prefix}{name}",),
     )
-    for keys in spellings:
+    for keys in known:
         if all(key in state_dict for key in keys):
             return StoredWeight(keys, tuple(state_dict[key] for key in keys))
     return None

@@ -1,4 +1,4 @@
-"""The state dicts of weight-normalized layers: saved as plain weights where asked, loaded from any spelling."""
+"""The state dicts of weight-normalized layers: saved as plain weights where asked, loaded from any keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_wn.weight_norm.core.normalized_module import (
     g_and_v,
     in_order,
     is_sharded,
-    weight_norm_chains,
+    normalized_weights,
     weight_norm_in,
 )
 from lightning_wn.weight_norm.core.parametrization import decompose
@@ -50,8 +50,8 @@ def save_as_weights(layers: Iterable[nn.Module], as_weights: bool) -> None:
         ['weight', 'bias']
     """
     for layer in layers:
-        for chain in weight_norm_chains(layer).values():
-            weight_norm_in(chain).saved_as_weight = as_weights
+        for normalized in normalized_weights(layer).values():
+            weight_norm_in(normalized).saved_as_weight = as_weights
 
 
 def add_state_hooks(module: nn.Module) -> None:
@@ -73,14 +73,14 @@ def remove_state_hooks(module: nn.Module) -> None:
 
 def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]) -> None:
     weights: dict[str, Tensor] = {}
-    for name, chain in weight_norm_chains(module).items():
+    for name, normalized in normalized_weights(module).items():
         keys = g_and_v_keys(prefix, name)
-        weight_norm = weight_norm_in(chain)
-        unknown = len(chain) > 1 or is_sharded(chain) or any(key not in state_dict for key in keys)
+        weight_norm = weight_norm_in(normalized)
+        unknown = len(normalized) > 1 or is_sharded(normalized) or any(key not in state_dict for key in keys)
         if unknown or not weight_norm.saved_as_weight:
             continue
         weight = weight_norm(*(state_dict.pop(key) for key in keys))
-        weights[name] = _shared(f"{prefix}{name}", g_and_v(chain)[0], weight, state_dict)
+        weights[name] = _shared(f"{prefix}{name}", g_and_v(normalized)[0], weight, state_dict)
     if weights:
         if "weight" in weights:
             save_mean_in_bias(module, state_dict, prefix)
@@ -113,29 +113,28 @@ def _load(  # noqa: PLR0917 # torch passes them so
     error_msgs: list[str],
 ) -> None:
     forget(module)
-    for name, chain in weight_norm_chains(module).items():
+    for name, normalized in normalized_weights(module).items():
         stored = find_weight(state_dict, prefix, name)
-        if stored is None or fits_as_it_is(stored, chain):
+        if stored is None or _is_as_in_model(stored, normalized):
             continue
         for key in stored.keys:
             del state_dict[key]
         try:
-            parts = _convert(stored, chain)
+            parts = _convert(stored, normalized)
         except ValueError as error:
             error_msgs.append(f"{prefix}{name} cannot be weight-normalized: {error}.")
-            parts = g_and_v(chain)
+            parts = g_and_v(normalized)
         state_dict.update(zip(g_and_v_keys(prefix, name), (part.detach() for part in parts), strict=True))
     load_mean_from_bias(module, state_dict, prefix)
 
 
-def fits_as_it_is(stored: StoredWeight, chain: Any) -> bool:
-    """Tell whether a stored weight is spelled as the g and v of this chain, over the same dimension."""
+def _is_as_in_model(stored: StoredWeight, normalized: Any) -> bool:
     shapes = [value.shape for value in stored.values]
-    return shapes == [tensor.shape for tensor in g_and_v(chain)] and ".parametrizations." in f".{stored.keys[0]}"
+    return shapes == [tensor.shape for tensor in g_and_v(normalized)] and ".parametrizations." in f".{stored.keys[0]}"
 
 
-def _convert(stored: StoredWeight, chain: Any) -> tuple[Tensor, Tensor]:
-    g, v = g_and_v(chain)
+def _convert(stored: StoredWeight, normalized: Any) -> tuple[Tensor, Tensor]:
+    g, v = g_and_v(normalized)
     if stored.shape != v.shape:
         raise ValueError(
             f"the checkpoint's has the shape {tuple(stored.shape)}, and the model's {tuple(v.shape)}: load the "
@@ -144,8 +143,8 @@ def _convert(stored: StoredWeight, chain: Any) -> tuple[Tensor, Tensor]:
     weight = stored.weight().to(v.dtype)
     if not v.is_meta:  # whose values `load_state_dict(assign=True)` takes as they are
         weight = weight.to(v.device)
-    weight_norm = weight_norm_in(chain)
-    if not is_sharded(chain) and not v.is_meta and torch.equal(weight, weight_norm(g, v)):
+    weight_norm = weight_norm_in(normalized)
+    if not is_sharded(normalized) and not v.is_meta and torch.equal(weight, weight_norm(g, v)):
         return g, v  # the weight that it has: leave the length of v alone
     parts = decompose(weight, weight_norm.layout)
     return like(g, parts[0]), like(v, parts[1])
@@ -155,7 +154,7 @@ def _name_missing(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     """Call a missing weight by the name that the plain model has for it, and a missing bias by its own."""
     missing = incompatible.missing_keys
     drop_missing_means(missing)
-    for name in weight_norm_chains(module):
+    for name in normalized_weights(module):
         first, second = g_and_v_keys("", name)
         for prefix in [key.removesuffix(first) for key in missing if key.endswith(first)]:
             if f"{prefix}{second}" in missing:

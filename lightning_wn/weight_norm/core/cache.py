@@ -9,22 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_wn.weight_norm.core.normalized_module import is_sharded, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import is_sharded, normalized_weights
 
 
 @dataclass
 class _Slot:
-    """What is kept for one layer while a scope is open.
+    """What is kept for one layer while a scope is open."""
 
-    Attributes:
-        module: The layer, held so that its id is not used again.
-        depth: The number of open scopes.
-        weights: What was computed, by the name of the tensor.
-    """
-
-    module: nn.Module
-    depth: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    module: nn.Module  # held so that its id is not used again
+    depth: int = 0  # how many scopes are open
+    weights: dict[str, Tensor] = field(default_factory=dict)  # by the name of the tensor
 
 
 # by id and outside the modules, so that a copy of a module made inside a scope is no part of the scope
@@ -73,8 +67,8 @@ def open_scope(module: nn.Module) -> list[nn.Module]:
     """Begin to keep the weights of these layers; return the layers, for :func:`close_scope`."""
     layers = []
     for layer in module.modules():
-        chains = weight_norm_chains(layer)
-        if chains and not any(is_sharded(chain) for chain in chains.values()):
+        weights = normalized_weights(layer).values()
+        if weights and not any(map(is_sharded, weights)):
             _slots.setdefault(id(layer), _Slot(layer)).depth += 1
             layers.append(layer)
     return layers
@@ -83,12 +77,10 @@ def open_scope(module: nn.Module) -> list[nn.Module]:
 def close_scope(layers: list[nn.Module]) -> None:
     """End what :func:`open_scope` began."""
     for layer in layers:
-        slot = _slots.get(id(layer))
-        if slot is None:
-            continue
-        slot.depth -= 1
-        if slot.depth == 0:
-            del _slots[id(layer)]
+        if (slot := _slots.get(id(layer))) is not None:
+            slot.depth -= 1
+            if slot.depth == 0:
+                del _slots[id(layer)]
 
 
 def kept(module: nn.Module) -> dict[str, Tensor] | None:

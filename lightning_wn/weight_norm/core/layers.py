@@ -17,7 +17,7 @@ class LayerRule:
     """What weight normalization has to know of one type of layer.
 
     Attributes:
-        layout: Where the output units lie in each weight of a module of this type.
+        layout: Where the output units lie in each weight of a module of this type; in the rows, unless said.
         refusal: Why this module cannot be normalized, and the fix; None where it can.
         tensors: The names of its weights.
         parts: Submodules whose weights belong to it: whoever selects the module selects them.
@@ -25,7 +25,7 @@ class LayerRule:
         after_folding: How to undo that.
     """
 
-    layout: Callable[[Any], UnitLayout]
+    layout: Callable[[Any], UnitLayout] = lambda module: UnitLayout()
     refusal: Callable[[Any], str | None] = lambda module: None
     tensors: Callable[[Any], tuple[str, ...]] = lambda module: ("weight",)
     parts: Callable[[Any], tuple[nn.Module, ...]] = lambda module: ()
@@ -53,46 +53,24 @@ def _recurrent_weights(module: nn.RNNBase) -> tuple[str, ...]:
 
 
 def _input_projections(module: nn.MultiheadAttention) -> tuple[str, ...]:
-    names = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return tuple(names)
+    return ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-_FIRST_DIM = LayerRule(layout=lambda module: UnitLayout())
 _TRANSPOSED = LayerRule(layout=lambda module: UnitLayout(transposed=True, groups=module.groups))
 
-RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: _FIRST_DIM,
-    nn.Conv1d: _FIRST_DIM,
-    nn.Conv2d: _FIRST_DIM,
-    nn.Conv3d: _FIRST_DIM,
-    nn.ConvTranspose1d: _TRANSPOSED,
-    nn.ConvTranspose2d: _TRANSPOSED,
-    nn.ConvTranspose3d: _TRANSPOSED,
-    nn.Bilinear: _FIRST_DIM,
-    nn.RNNBase: LayerRule(
-        layout=lambda module: UnitLayout(),
-        tensors=_recurrent_weights,
-        after_rewriting=follow_weights,
-        after_folding=restore_weights,
-    ),
-    nn.RNNCellBase: LayerRule(layout=lambda module: UnitLayout(), tensors=lambda module: ("weight_ih", "weight_hh")),
-    nn.MultiheadAttention: LayerRule(
-        layout=lambda module: UnitLayout(),
-        tensors=_input_projections,
-        parts=lambda module: (module.out_proj,),
-    ),
-    nn.Embedding: LayerRule(layout=lambda module: UnitLayout(), refusal=_refuse_embedding),
+_DEFAULT_RULES: dict[type[nn.Module], LayerRule] = {
+    **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), LayerRule()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _TRANSPOSED),
 }
-
-DEFAULT_TYPES: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+RULES: dict[type[nn.Module], LayerRule] = _DEFAULT_RULES | {
+    nn.Bilinear: LayerRule(),
+    nn.RNNBase: LayerRule(tensors=_recurrent_weights, after_rewriting=follow_weights, after_folding=restore_weights),
+    nn.RNNCellBase: LayerRule(tensors=lambda module: ("weight_ih", "weight_hh")),
+    nn.MultiheadAttention: LayerRule(tensors=_input_projections, parts=lambda module: (module.out_proj,)),
+    nn.Embedding: LayerRule(refusal=_refuse_embedding),
+}
+DEFAULT_TYPES: tuple[type[nn.Module], ...] = tuple(_DEFAULT_RULES)
+"""What is normalized where nothing is selected."""
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from lightning_wn.module_selectors import ModuleSelection
 from lightning_wn.text import some
-from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, normalized_weights
 from lightning_wn.weight_norm.core.selection import NamedLayer, select
 
 NAME = "mean_only_batch_norm"
@@ -102,7 +102,8 @@ class MeanOnlyBatchNorm(nn.Module):
         total = rows.sum(1, dtype=wide)
         count = total.new_tensor(rows.shape[1])
         if self.synchronize and distributed.is_available() and distributed.is_initialized():
-            ranks = _sum_over_ranks(torch.cat([total, count.unsqueeze(0)]))
+            row = torch.cat([total, count.unsqueeze(0)])
+            ranks: Tensor = _SumOverRanks.apply(row)  # type: ignore[no-untyped-call] # in torch
             total, count = ranks[:-1], ranks[-1].detach()
         # asks the device only where it may matter
         if rows.shape[1] < 2 and count < 2:
@@ -121,20 +122,17 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, row: Tensor) -> Tensor:
-        total = row.clone()
-        distributed.all_reduce(total)
-        return total
+        return _all_reduce(row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        distributed.all_reduce(total)
-        return total
+        return _all_reduce(grad)
 
 
-def _sum_over_ranks(row: Tensor) -> Tensor:
-    total: Tensor = _SumOverRanks.apply(row)  # type: ignore[no-untyped-call] # in torch
+def _all_reduce(row: Tensor) -> Tensor:
+    total = row.clone()
+    distributed.all_reduce(total)
     return total
 
 
@@ -199,22 +197,26 @@ def attach(layers: Iterable[NamedLayer], *, momentum: float, synchronize: bool) 
     """Put a :class:`MeanOnlyBatchNorm` behind these layers: see :func:`add_mean_only_batch_norm`."""
     check_momentum("momentum", momentum)
     todo = without_mean_only(layers)
-    _check_biases(todo)
+    _require_biases_apart(todo)
     for layer in todo:
-        weight = g_and_v(weight_norm_chains(layer.module)["weight"])[1]
+        module: Any = layer.module
+        weight = g_and_v(normalized_weights(module)["weight"])[1]
         mean_only = MeanOnlyBatchNorm(
-            _num_units(layer.module), dim=unit_dim(layer.module), momentum=momentum, synchronize=synchronize
+            module.out_channels if isinstance(module, _ConvNd) else module.out_features,
+            dim=unit_dim(module),
+            momentum=momentum,
+            synchronize=synchronize,
         )
-        mean_only.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).train(layer.module.training)
-        layer.module.add_module(NAME, mean_only)
-        layer.module.register_forward_hook(_center)
+        mean_only.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).train(module.training)
+        module.add_module(NAME, mean_only)
+        module.register_forward_hook(_center)
     return [layer.name for layer in todo]
 
 
-def _check_biases(layers: Iterable[NamedLayer]) -> None:
+def _require_biases_apart(layers: Iterable[NamedLayer]) -> None:
     owners: dict[int, NamedLayer] = {}
     for layer in layers:
-        if is_sharded(weight_norm_chains(layer.module)["weight"]):
+        if is_sharded(normalized_weights(layer.module)["weight"]):
             raise ValueError(
                 f"{layer} is sharded already, and its own hooks run after those of sharding: call "
                 "`add_mean_only_batch_norm(self)` in `configure_model`, before `fully_shard`, or leave it out."
@@ -231,7 +233,7 @@ def can_have_one(module: nn.Module) -> bool:
     """Tell whether a layer is weight-normalized and its calls give pre-activations, one per unit."""
     if not gives_pre_activations(module):
         return False
-    return "weight" in weight_norm_chains(module) and not parametrize.is_parametrized(module, "bias")
+    return "weight" in normalized_weights(module) and not parametrize.is_parametrized(module, "bias")
 
 
 def without_mean_only(layers: Iterable[NamedLayer]) -> list[NamedLayer]:
@@ -244,9 +246,8 @@ def gives_pre_activations(module: nn.Module) -> bool:
 
     The output projection of MultiheadAttention, a Linear of its own kind, is read and never called.
     """
-    return isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) and not isinstance(
-        module, NonDynamicallyQuantizableLinear
-    )
+    is_only_read = isinstance(module, NonDynamicallyQuantizableLinear)
+    return isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) and not is_only_read
 
 
 def mean_only_of(module: nn.Module) -> MeanOnlyBatchNorm | None:
@@ -270,17 +271,12 @@ def fold_mean(module: nn.Module) -> None:
             del module._forward_hooks[key]
     del module._modules[NAME]
     bias, mean = module._parameters.get("bias"), mean_only.running_mean
-    folded = -mean.to(_weight_of(module).dtype) if bias is None else folded_bias(bias, mean)
+    folded = -mean.to(cast(Tensor, module.weight).dtype) if bias is None else folded_bias(bias, mean)
     module.register_parameter("bias", nn.Parameter(folded, requires_grad=bias is None or bias.requires_grad))
 
 
 def folded_bias(bias: Tensor, mean: Tensor) -> Tensor:
-    """Return the bias that makes up for the running mean that is no longer subtracted.
-
-    Example:
-        >>> folded_bias(torch.tensor([3.0]), torch.tensor([1.0]))
-        tensor([2.])
-    """
+    """Return the bias that makes up for the running mean that is no longer subtracted."""
     return (bias.detach() - mean).to(bias.dtype)
 
 
@@ -289,16 +285,14 @@ def fold_mean_of_state(module: nn.Module, state_dict: dict[str, Tensor], prefix:
 
     A layer that has no bias either cannot take it: its entries stay, for the strict check of names to find.
     """
-    mean, bias = _mean_and_bias(prefix)
-    if mean in state_dict and bias in state_dict and mean_only_of(module) is None:
-        state_dict[bias] = folded_bias(state_dict[bias], state_dict.pop(mean))
+    if mean_only_of(module) is None:
+        _fold_in_state(state_dict, prefix)
 
 
 def save_mean_in_bias(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Let a state dict of a layer hold the bias that the folded layer would have, and no running mean."""
-    mean, bias = _mean_and_bias(prefix)
-    if mean_only_of(module) is not None and mean in state_dict and bias in state_dict:
-        state_dict[bias] = folded_bias(state_dict[bias], state_dict.pop(mean))
+    if mean_only_of(module) is not None:
+        _fold_in_state(state_dict, prefix)
 
 
 def load_mean_from_bias(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -326,16 +320,13 @@ def drop_missing_means(missing: list[str]) -> None:
             missing.remove(key)
 
 
-def refuse_without_bias(layers: Iterable[NamedLayer], where: str, fix: str) -> None:
+def require_biases(layers: Iterable[NamedLayer], where: str, fix: str) -> None:
     """Raise if the running mean of a layer has no bias to be folded into.
 
     Args:
         layers: The selected layers.
         where: What the layers would do without their means, such as to be saved.
         fix: Another way than a bias.
-
-    Raises:
-        ValueError: With the names of the layers.
     """
     bare = [layer for layer in layers if can_have_one(layer.module) and layer.module.bias is None]
     if bare:
@@ -345,12 +336,8 @@ def refuse_without_bias(layers: Iterable[NamedLayer], where: str, fix: str) -> N
         )
 
 
-def refuse_missing_mean_only(layers: Iterable[NamedLayer]) -> None:
-    """Raise if a layer that can have a mean-only batch normalization has none.
-
-    Raises:
-        ValueError: With the names of the layers.
-    """
+def require_mean_only(layers: Iterable[NamedLayer]) -> None:
+    """Raise if a layer that can have a mean-only batch normalization has none."""
     if late := without_mean_only(layers):
         raise ValueError(
             f"{some(late)} would train without mean-only batch normalization, because it came into the model "
@@ -375,15 +362,10 @@ def _center(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return mean_only(output, module.bias)  # type: ignore[no-any-return] # a Module's call is untyped
 
 
-def _weight_of(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight
-
-
-def _num_units(module: nn.Module) -> int:
-    units = module.out_channels if isinstance(module, _ConvNd) else module.out_features
-    assert isinstance(units, int)
-    return units
+def _fold_in_state(state_dict: dict[str, Tensor], prefix: str) -> None:
+    mean, bias = _mean_and_bias(prefix)
+    if mean in state_dict and bias in state_dict:
+        state_dict[bias] = folded_bias(state_dict[bias], state_dict.pop(mean))
 
 
 def _mean_and_bias(prefix: str) -> tuple[str, str]:

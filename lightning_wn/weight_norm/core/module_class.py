@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_wn.text import some
 from lightning_wn.weight_norm.core.cache import forget, kept
 from lightning_wn.weight_norm.core.normalized_module import (
     MARK,
     g_and_v,
     in_order,
     is_sharded,
+    normalized_weights,
     plain_class,
     set_parameters,
-    weight_norm_chains,
     weight_norm_in,
 )
 from lightning_wn.weight_norm.core.parametrization import decompose
@@ -39,12 +40,12 @@ def compute_through_class(module: nn.Module, name: str) -> None:
         name: The name of the normalized tensor.
     """
     _equip(type(module), name)
-    chain = weight_norm_chains(module)[name]
-    if hasattr(module, "reset_parameters") and any(tensor.is_meta for tensor in g_and_v(chain)):
+    normalized = normalized_weights(module)[name]
+    if hasattr(module, "reset_parameters") and any(tensor.is_meta for tensor in g_and_v(normalized)):
         # Lightning asks every module that owns parameters to initialize them, once materialized; this one
         # knows only g and v, and its owner may have no other parameters
         has_others = any(p is not None for p in module._parameters.values())
-        cast(Any, chain).reset_parameters = _done_by_owner if has_others else module.reset_parameters
+        cast(Any, normalized).reset_parameters = _done_by_owner if has_others else module.reset_parameters
 
 
 def _equip(cls: Any, name: str) -> None:
@@ -57,7 +58,7 @@ def _equip(cls: Any, name: str) -> None:
         cls.reset_parameters = _reset_parameters
 
 
-def store(chain: ParametrizationList, weight: Tensor) -> None:
+def store(normalized: ParametrizationList, weight: Tensor) -> None:
     """Set g and v, in place, so that they compose to this weight, which may be sharded.
 
     Raises:
@@ -66,8 +67,8 @@ def store(chain: ParametrizationList, weight: Tensor) -> None:
     """
     with torch.no_grad():
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        parts = decompose(whole, weight_norm_in(chain).layout)
-        for target, source in zip(g_and_v(chain), parts, strict=True):
+        parts = decompose(whole, weight_norm_in(normalized).layout)
+        for target, source in zip(g_and_v(normalized), parts, strict=True):
             target.copy_(like(target, source))
 
 
@@ -87,10 +88,10 @@ def _computed(name: str) -> property:
             return weight
         if not compiling and _being_initialized and id(module) in _being_initialized:
             return _being_initialized[id(module)][name]
-        chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        normalized: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         if compiling:
-            return cast(Tensor, chain())
-        weight = _compute(chain)
+            return cast(Tensor, normalized())
+        weight = _compute(normalized)
         if weights is not None:
             weights[name] = weight
         return weight
@@ -102,11 +103,11 @@ def _computed(name: str) -> property:
     return property(get, assign)
 
 
-def _compute(chain: Any) -> Tensor:
-    modules, parameters = chain._modules, chain._parameters
+def _compute(normalized: Any) -> Tensor:
+    modules, parameters = normalized._modules, normalized._parameters
     g, v = parameters.get("original0"), parameters.get("original1")
     if len(modules) > 1 or g is None or v is None:
-        return cast(Tensor, chain())
+        return cast(Tensor, normalized())
     # past the calls of two modules, which would take as long as the computation
     return cast(Tensor, modules["0"].forward(g, v))
 
@@ -120,31 +121,32 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
 def _reset_parameters(self: nn.Module) -> None:
     """Let the plain class initialize plain weights, and take g and v from these."""
     forget(self)
-    chains = weight_norm_chains(self)
+    normalized = normalized_weights(self)
     weights: dict[str, Tensor] = {
-        name: nn.Parameter(torch.empty_like(g_and_v(chain)[1]), requires_grad=False) for name, chain in chains.items()
+        name: nn.Parameter(torch.empty_like(g_and_v(weight)[1]), requires_grad=False)
+        for name, weight in normalized.items()
     }
-    ordered = in_order(self, self._parameters | weights)
+    ordered: dict[str, Any] = in_order(self, {**self._parameters, **weights})
     parametrizations: Any = self._modules["parametrizations"]
-    all_chains = dict(parametrizations._modules)
+    everything = dict(parametrizations._modules)
     _being_initialized[id(self)] = weights
     try:
         # recurrent layers fill all that they find among their parameters, in their order
-        for name in chains:
+        for name in normalized:
             del parametrizations._modules[name]
         set_parameters(self, ordered)
         plain_class(self).reset_parameters(self)
     finally:
         del _being_initialized[id(self)]
-        for name in chains:
+        for name in normalized:
             self._parameters.pop(name, None)
         parametrizations._modules.clear()
-        parametrizations._modules.update(all_chains)
-    for name, chain in chains.items():
+        parametrizations._modules.update(everything)
+    for name, weight in normalized.items():
         if not weights[name].is_meta:
-            store(chain, weights[name])
-            if vars(chain).get("reset_parameters") is not _done_by_owner:
-                vars(chain).pop("reset_parameters", None)  # holds the module, which holds the chain
+            store(weight, weights[name])
+            if vars(weight).get("reset_parameters") is not _done_by_owner:
+                vars(weight).pop("reset_parameters", None)  # holds the module, which holds the weight
 
 
 def _done_by_owner() -> None:
@@ -154,19 +156,19 @@ def _done_by_owner() -> None:
 def _reduce(self: nn.Module, protocol: object) -> Any:
     """Pickle as the plain class and a state; torch refuses, because its class exists in this process only."""
     plain = plain_class(self)
-    chains = weight_norm_chains(self)
-    others = sorted(set(cast(Any, self.parametrizations)) - set(chains))
+    normalized = normalized_weights(self)
+    others = sorted(set(cast(Any, self.parametrizations)) - set(normalized))
     if others:
         raise RuntimeError(
             f"{plain.__name__} cannot be pickled, because it has other parametrizations than weight "
-            f"normalization, of {', '.join(others)}: save its `state_dict()`, or remove them first with "
+            f"normalization, of {some(others)}: save its `state_dict()`, or remove them first with "
             "`torch.nn.utils.parametrize.remove_parametrizations`."
         )
-    if any(map(is_sharded, chains.values())):
+    if any(map(is_sharded, normalized.values())):
         raise RuntimeError(f"{plain.__name__} cannot be pickled while it is sharded: save its `state_dict()`.")
     # what the plain class leaves out, such as the weak references of a recurrent layer; torch's class refuses
     state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
-    return _rebuild, (plain, tuple(chains)), dict(state)
+    return _rebuild, (plain, tuple(normalized)), dict(state)
 
 
 def _rebuild(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

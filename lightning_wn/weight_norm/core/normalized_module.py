@@ -1,9 +1,9 @@
-"""What a weight-normalized module consists of: its chains of parametrizations, with g and v in each."""
+"""What a weight-normalized module consists of: its normalized weights, with g and v in each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -12,61 +12,83 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_wn.weight_norm.core.parametrization import WeightNorm
 
+T = TypeVar("T")
+
 MARK = "_weight_norm_names"
 """Where the class of a normalized module has the names of the tensors that it computes."""
 
 
-def weight_norm_chains(module: nn.Module) -> dict[str, ParametrizationList]:
-    """Return the chains through which this package computes tensors of a module, by the tensor's name.
+def normalized_weights(module: nn.Module) -> dict[str, ParametrizationList]:
+    """Return the weights of a module that this package computes, by their names.
 
-    The first parametrization of each is a :class:`~lightning_wn.weight_norm.core.parametrization.WeightNorm`.
+    Each is the list of its parametrizations, of which the first is a
+    :class:`~lightning_wn.weight_norm.core.parametrization.WeightNorm`.
 
     Example:
         >>> from lightning_wn import apply_weight_norm
         >>> layer = nn.Linear(4, 3)
         >>> names = apply_weight_norm(layer)
-        >>> list(weight_norm_chains(layer)), list(weight_norm_chains(nn.Linear(4, 3)))
+        >>> list(normalized_weights(layer)), list(normalized_weights(nn.Linear(4, 3)))
         (['weight'], [])
     """
-    return chains_of(module, WeightNorm)
+    return parametrized_weights(module, WeightNorm)
 
 
-def chains_of(module: nn.Module, kind: type[nn.Module]) -> dict[str, ParametrizationList]:
-    """Return the chains of a module of which the first parametrization is of this kind, by the tensor's name."""
-    chains = module._modules.get("parametrizations")
-    if not isinstance(chains, nn.ModuleDict):
+def parametrized_weights(module: nn.Module, kind: type[nn.Module]) -> dict[str, ParametrizationList]:
+    """Return the weights of a module of which the first parametrization is of this kind, by their names."""
+    found = module._modules.get("parametrizations")
+    if not isinstance(found, nn.ModuleDict):
         return {}
     return {
-        name: chain
-        for name, chain in chains.items()
-        if isinstance(chain, ParametrizationList) and isinstance(chain[0], kind)
+        name: weight
+        for name, weight in found.items()
+        if isinstance(weight, ParametrizationList) and isinstance(weight[0], kind)
     }
+
+
+def named_normalized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each layer with normalized weights once, with the prefix of the names in it."""
+    seen = set()
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if name.endswith("parametrizations") or id(layer) in seen or not normalized_weights(layer):
+            continue
+        seen.add(id(layer))
+        # an averaged model holds the model as `module`
+        yield f"{name}.".removeprefix("module.").removeprefix("."), layer
+
+
+def named_normalized_weights(model: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
+    """Yield every normalized weight by its name in the model, except those that are sharded."""
+    for prefix, layer in named_normalized_layers(model):
+        for name, normalized in normalized_weights(layer).items():
+            if not is_sharded(normalized):
+                yield f"{prefix}{name}", normalized
 
 
 def weight_norm_of(module: nn.Module, name: str = "weight") -> WeightNorm | None:
     """Return the parametrization through which this package computes a tensor of the module, if it does."""
-    chain = weight_norm_chains(module).get(name)
-    return None if chain is None else weight_norm_in(chain)
+    normalized = normalized_weights(module).get(name)
+    return None if normalized is None else weight_norm_in(normalized)
 
 
-def weight_norm_in(chain: ParametrizationList) -> WeightNorm:
-    """Return the first parametrization of a chain of :func:`weight_norm_chains`."""
-    first = chain[0]
+def weight_norm_in(normalized: ParametrizationList) -> WeightNorm:
+    """Return the first parametrization of a normalized weight."""
+    first = normalized[0]
     assert isinstance(first, WeightNorm)
     return first
 
 
-def g_and_v(chain: ParametrizationList) -> tuple[Tensor, Tensor]:
-    """Return what the chain computes from: g and v."""
-    g, v = chain.original0, chain.original1
+def g_and_v(normalized: ParametrizationList) -> tuple[Tensor, Tensor]:
+    """Return what a normalized weight is computed from: g and v."""
+    g, v = normalized.original0, normalized.original1
     assert isinstance(g, Tensor)
     assert isinstance(v, Tensor)
     return g, v
 
 
-def is_sharded(chain: ParametrizationList) -> bool:
+def is_sharded(normalized: ParametrizationList) -> bool:
     """Tell whether g and v are spread over ranks, as by FSDP2 outside of the forward pass."""
-    return any(isinstance(tensor, DTensor) for tensor in g_and_v(chain))
+    return any(isinstance(tensor, DTensor) for tensor in g_and_v(normalized))
 
 
 def reshard(module: nn.Module) -> None:
@@ -87,13 +109,18 @@ def plain_class(module: nn.Module) -> Any:
 
 def plain_order(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's own parameters in the order that they have while it is plain."""
-    chains = weight_norm_chains(module).values()
-    return next((weight_norm_in(chain).order for chain in chains), tuple(module._parameters))
+    normalized = normalized_weights(module).values()
+    return next((weight_norm_in(weight).order for weight in normalized), tuple(module._parameters))
 
 
-def in_order(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def in_order(module: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
     """Sort a normalized module's tensors by name, as they are in the plain module."""
-    return {name: tensors[name] for name in (*plain_order(module), *tensors) if name in tensors}
+    return sort(tensors, plain_order(module))
+
+
+def sort(tensors: Mapping[str, T], order: Iterable[str]) -> dict[str, T]:
+    """Put the tensors of these names first."""
+    return {name: tensors[name] for name in (*order, *tensors) if name in tensors}
 
 
 def set_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> None:

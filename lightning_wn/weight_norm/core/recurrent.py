@@ -33,10 +33,11 @@ def follow_in_class(cls: Any) -> None:
     """Do what :func:`follow_weights` does to the class of a layer."""
     if isinstance(vars(cls).get("_flat_weights"), property):
         return
-    cls._flat_weights = property(_flat_weights, _ignore)
+    # what torch would keep in the list is not kept
+    cls._flat_weights = property(_flat_weights, lambda module, weights: None)
     cls.forward = _forward
     # what keeps torch's list up to date, and what packs it for cuDNN: there is none
-    cls._init_flat_weights = cls._update_flat_weights = cls.flatten_parameters = _nothing
+    cls._init_flat_weights = cls._update_flat_weights = cls.flatten_parameters = lambda module: None
 
 
 def restore_weights(module: nn.RNNBase) -> None:
@@ -64,11 +65,3 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
 
 def _read(module: nn.RNNBase) -> list[Tensor | None]:
     return [getattr(module, name, None) for name in module._flat_weights_names]
-
-
-def _ignore(self: nn.RNNBase, value: object) -> None:
-    """Take what torch would keep in the list, and keep nothing."""
-
-
-def _nothing(self: nn.RNNBase) -> None:
-    """Do nothing."""

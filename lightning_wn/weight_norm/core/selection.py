@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,8 +17,9 @@ from lightning_wn.module_selectors import (
     matcher,
     show_selection,
 )
+from lightning_wn.text import some
 from lightning_wn.weight_norm.core.layers import DEFAULT_TYPES, rule_for, supported_names
-from lightning_wn.weight_norm.core.normalized_module import plain_class, weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import normalized_weights, plain_class
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class NamedLayer:
 
     def __str__(self) -> str:
         """Say the name and the type, for error messages."""
-        known = plain_class if weight_norm_chains(self.module) else type_before_parametrizations
+        known = plain_class if normalized_weights(self.module) else type_before_parametrizations
         kind = known(self.module).__name__
         return f"{self.name!r} ({kind})" if self.name else kind
 
@@ -76,7 +77,7 @@ def select(root: nn.Module, modules: ModuleSelection | None, exclude: ModuleSele
     candidates = list(_weight_owners(root))
     misses: list[str] = []
     if modules is None:
-        chosen = [layer for layer in candidates if isinstance(layer.module, DEFAULT_TYPES)]
+        chosen = {id(layer.module) for layer in candidates if isinstance(layer.module, DEFAULT_TYPES)}
         if not chosen:
             names = ", ".join(cls.__name__ for cls in DEFAULT_TYPES)
             misses.append(
@@ -86,38 +87,29 @@ def select(root: nn.Module, modules: ModuleSelection | None, exclude: ModuleSele
     else:
         chosen = _matching("modules", as_selectors("modules", modules), root, candidates, misses)
     excluded = _matching("exclude", as_selectors("exclude", exclude), root, candidates, misses)
-    dropped = {id(layer.module) for layer in excluded}
-    chosen_ids = {id(layer.module) for layer in chosen if id(layer.module) not in dropped}
-    parts = {
-        id(part)
-        for layer in chosen
-        if id(layer.module) in chosen_ids and (rule := rule_for(layer.module)) is not None
-        for part in rule.parts(layer.module)
-    }
-    selected = [layer for layer in candidates if id(layer.module) in (chosen_ids | parts) - dropped]
-    unsupported = [str(layer) for layer in selected if rule_for(layer.module) is None]
-    if unsupported:
+    chosen -= excluded
+    for layer in candidates:
+        if id(layer.module) in chosen and (rule := rule_for(layer.module)) is not None:
+            chosen |= {id(part) for part in rule.parts(layer.module)}
+    selected = [layer for layer in candidates if id(layer.module) in chosen - excluded]
+    if unsupported := [layer for layer in selected if rule_for(layer.module) is None]:
         raise ValueError(
-            f"`modules={show_selection(modules)}` selects {', '.join(unsupported)}, but only modules of the types "
+            f"`modules={show_selection(modules)}` selects {some(unsupported)}, but only modules of the types "
             f"{supported_names()} can be weight-normalized: narrow `modules`, or add this name to `exclude`."
         )
     return Selection(tuple(selected), tuple(misses))
 
 
 def _weight_owners(root: nn.Module) -> Iterator[NamedLayer]:
-    names: dict[int, list[str]] = {}
-    by_id: dict[int, nn.Module] = {}
+    owners: dict[int, tuple[nn.Module, list[str]]] = {}
     inside: list[str] = []  # what computes an already parametrized tensor is not a layer of the model
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, ParametrizationList):
             inside.append(name + ".")
-        if isinstance(module, ParametrizationList) or name.startswith(tuple(inside)):
-            continue
-        if rule_for(module) is not None or (name and _owns_matrix(module)):
-            names.setdefault(id(module), []).append(name)
-            by_id[id(module)] = module
-    for key, module in by_id.items():
-        yield NamedLayer(tuple(names[key]), module)
+        elif not name.startswith(tuple(inside)) and (rule_for(module) is not None or (name and _owns_matrix(module))):
+            owners.setdefault(id(module), (module, []))[1].append(name)
+    for module, names in owners.values():
+        yield NamedLayer(tuple(names), module)
 
 
 def _owns_matrix(module: nn.Module) -> bool:
@@ -126,22 +118,21 @@ def _owns_matrix(module: nn.Module) -> bool:
 
 def _matching(
     argument: str,
-    entries: Iterable[ModuleSelector],
+    entries: Sequence[ModuleSelector],
     root: nn.Module,
     candidates: Sequence[NamedLayer],
     misses: list[str],
-) -> list[NamedLayer]:
-    hits: set[int] = set()
-    entries = tuple(entries)
+) -> set[int]:
     if argument == "modules" and not entries:
         misses.append(f"`modules=()` selects nothing: pass None for the default types, or {ALLOWED_SELECTORS}.")
+    hits: set[int] = set()
     for entry in entries:
         matches = matcher(entry)
         found = {id(layer.module) for layer in candidates if any(matches(n, layer.module) for n in layer.names)}
         if not found:
             misses.append(_miss(argument, entry, root, matches))
         hits |= found
-    return [layer for layer in candidates if id(layer.module) in hits]
+    return hits
 
 
 def _miss(argument: str, entry: ModuleSelector, root: nn.Module, matches: Callable[[str, nn.Module], bool]) -> str:
@@ -152,9 +143,8 @@ def _miss(argument: str, entry: ModuleSelector, root: nn.Module, matches: Callab
             f"`{argument}={show_selection(entry)}` matches no module of {where}: an entry must be {ALLOWED_SELECTORS}; "
             "correct it or leave it out."
         )
-    shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
     inner = f'; to mean the layers inside a module, write "{entry}.*"' if isinstance(entry, str) else ""
     return (
-        f"`{argument}={show_selection(entry)}` matches {shown} in {where}, and none of these owns a weight that could "
-        f"be normalized: only modules of the types {supported_names()} can{inner}."
+        f"`{argument}={show_selection(entry)}` matches {some(others)} in {where}, and none of these owns a weight that "
+        f"could be normalized: only modules of the types {supported_names()} can{inner}."
     )

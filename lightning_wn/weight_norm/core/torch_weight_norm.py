@@ -9,17 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_wn.weight_norm.core.normalized_module import chains_of, set_parameters
+from lightning_wn.weight_norm.core.normalized_module import parametrized_weights, set_parameters, sort
 
 
-def torch_chains(module: nn.Module) -> dict[str, ParametrizationList]:
-    """Return the chains of ``torch.nn.utils.parametrizations.weight_norm``, by the name of the tensor.
-
-    Example:
-        >>> list(torch_chains(parametrizations.weight_norm(nn.Linear(3, 2))))
-        ['weight']
-    """
-    return chains_of(module, parametrizations._WeightNorm)
+def torch_normalized_weights(module: nn.Module) -> dict[str, ParametrizationList]:
+    """Return the weights under ``torch.nn.utils.parametrizations.weight_norm``, by their names."""
+    return parametrized_weights(module, parametrizations._WeightNorm)
 
 
 def legacy_hooks(module: nn.Module) -> dict[str, Any]:
@@ -35,7 +30,7 @@ def is_legacy_hook(hook: object) -> bool:
 
 
 def remove_compatibility_hook(module: nn.Module) -> None:
-    """Remove the hook by which torch's chains read the older spelling: a plain module has no use for it.
+    """Remove the hook by which torch's parametrizations read the older keys: a plain module has no use for it.
 
     It is a closure, so that the module could not be pickled either.
     """
@@ -44,20 +39,20 @@ def remove_compatibility_hook(module: nn.Module) -> None:
             del module._load_state_dict_pre_hooks[key]
 
 
-def legacy_parts(module: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+def legacy_g_and_v(module: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """Return g and v of a tensor under the older weight norm."""
     return cast("tuple[nn.Parameter, nn.Parameter]", tuple(getattr(module, f"{name}_{part}") for part in "gv"))
 
 
-def legacy_weight(module: nn.Module, hook: Any) -> Tensor:
-    """Compute the weight as the older weight norm does before the next forward pass."""
+def legacy_weight(module: nn.Module, name: str) -> Tensor:
+    """Compute a weight as the older weight norm does before the next forward pass."""
     with torch.no_grad():
-        return cast(Tensor, hook.compute_weight(module))
+        return cast(Tensor, legacy_hooks(module)[name].compute_weight(module))
 
 
-def remove_legacy(module: nn.Module, hook: Any, weight: nn.Parameter) -> None:
+def remove_legacy(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     """Put a plain weight in the place of g, v and the hook."""
-    name = hook.name
+    hook = legacy_hooks(module)[name]
     for key, other in list(module._forward_pre_hooks.items()):
         if other is hook:
             del module._forward_pre_hooks[key]
@@ -71,5 +66,4 @@ def remove_legacy(module: nn.Module, hook: Any, weight: nn.Parameter) -> None:
 def put_first(module: nn.Module, name: str) -> None:
     """Put a parameter where the plain module has it: before the others, or among those of a recurrent layer."""
     first = module._flat_weights_names if isinstance(module, nn.RNNBase) else [name]
-    parameters = module._parameters
-    set_parameters(module, {name: parameters[name] for name in (*first, *parameters) if name in parameters})
+    set_parameters(module, sort(module._parameters, first))

@@ -42,13 +42,19 @@ def test_unknown_probe():
         GradientNoiseScaleCallback("micro")
 
 
-@pytest.mark.parametrize("every_n_steps", [0, -1, 2.5])
-def test_every_n_steps(every_n_steps):
-    with pytest.raises(ValueError, match="`every_n_steps` must be a positive whole number of optimizer steps"):
-        GradientNoiseScaleCallback(every_n_steps=every_n_steps)
+@pytest.mark.parametrize("argument", ["every_n_steps", "curvature_every_n_steps"])
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "3", np.int64(0)], ids=repr)
+def test_every_n_steps(argument, steps):
+    with pytest.raises(ValueError, match=f"`{argument}` must be a positive whole number of optimizer steps"):
+        GradientNoiseScaleCallback(**{argument: steps})
 
 
-@pytest.mark.parametrize("half_life", [0, -3, math.nan])
+@pytest.mark.parametrize("argument", ["every_n_steps", "curvature_every_n_steps"])
+def test_whole_numbers_of_numpy(argument):
+    GradientNoiseScaleCallback(**{argument: np.int64(3)})
+
+
+@pytest.mark.parametrize("half_life", [0, -3, math.nan, True, "3"])
 def test_half_life_steps(half_life):
     with pytest.raises(ValueError, match="`half_life_steps` must be a positive number of optimizer steps"):
         GradientNoiseScaleCallback(half_life_steps=half_life)

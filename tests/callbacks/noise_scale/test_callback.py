@@ -25,7 +25,6 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.batch_size.advice import RunConfiguration
+from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.noise_scale.samples import Rejection
 
 
@@ -301,34 +301,6 @@ class TestLifeCycle:
         }
         assert len(keys) == 4
 
-    def test_cadence_comes_from_the_checkpoint_unless_given(self, tmp_path):
-        checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-        settings = {"enable_checkpointing": True, "max_steps": 12}
-        measure(
-            DigitsMLP(), loader(digits()), every_n_steps=4, callbacks=[checkpoint], trainer_args=settings, accumulate=2
-        )
-        for given, expected in ((None, 4), (2, 2)):
-            callback = GradientNoiseScaleCallback(every_n_steps=given)
-            trainer = L.Trainer(callbacks=[callback], **QUIET, max_steps=20, accumulate_grad_batches=2)
-            trainer.fit(DigitsMLP(), loader(digits()), ckpt_path=tmp_path / "last.ckpt")
-            assert callback._measurements[0].every_n_steps == expected
-
-    def test_advice_from_a_checkpoint_alone(self, tmp_path):
-        """A new process that only validates knows the run that was measured."""
-        saver = ModelCheckpoint(tmp_path, save_last=True)
-        settings = {"enable_checkpointing": True}
-        callback, _ = measure(DigitsMLP(), loader(digits()), steps=20, callbacks=[saver], trainer_args=settings)
-
-        class Model(DigitsMLP):
-            def validation_step(self, batch, batch_idx):
-                self.log("loss", self.training_step(batch, batch_idx))
-
-        later = GradientNoiseScaleCallback()
-        validation = DataLoader(digits(64), 32)
-        L.Trainer(callbacks=[later], **QUIET).validate(Model(), validation, tmp_path / "last.ckpt", verbose=False)
-        assert later.advise().configuration == callback.advise().configuration
-        assert later.advise().suggested_batch_size == callback.advise().suggested_batch_size
-
     def test_evaluating_a_checkpoint_keeps_the_estimate(self, tmp_path):
         class Model(DigitsMLP):
             def test_step(self, batch, batch_idx):
@@ -378,9 +350,9 @@ class TestLifeCycle:
     def test_interrupted_run_saves_without_communicating(self, tmp_path, monkeypatch, saver_first):
         """Another rank may be dead: waiting for it would lose the checkpoint."""
         calls = []
-        original = GradientNoiseScaleCallback._synchronize
+        original = Measurements.synchronize
         monkeypatch.setattr(
-            GradientNoiseScaleCallback, "_synchronize", lambda self, t: calls.append(1) or original(self, t)
+            Measurements, "synchronize", lambda self, **ranks: calls.append(ranks) or original(self, **ranks)
         )
         callback = GradientNoiseScaleCallback(every_n_steps=1)
 
@@ -433,131 +405,6 @@ class TestLifeCycle:
         callback.reset()
         assert callback.estimate().num_measurements == 0
         assert math.isnan(callback.estimate().noise_scale)
-
-    def test_result_of_earlier_workers_is_forgotten(self):
-        """A spawned fit whose estimate nobody asked for must not come up in a later fit or after a reset."""
-
-        def leave_mail(callback):
-            measured, _ = measure(DigitsMLP(), loader(digits()), steps=7)
-            measured._mail.post(measured._measurements, measured._metrics)
-            callback._mail._mailbox._shared.copy_(measured._mail._mailbox._shared)
-
-        callback = GradientNoiseScaleCallback(every_n_steps=1)
-        leave_mail(callback)
-        assert callback.estimate().num_measurements == 7
-        settings = QUIET | {"max_steps": 20, "accumulate_grad_batches": 2, "log_every_n_steps": 5}
-        callback = GradientNoiseScaleCallback(every_n_steps=1)
-        leave_mail(callback)
-        L.Trainer(callbacks=[callback], **settings).fit(DigitsMLP(), loader(digits()))
-        assert callback.estimate().num_measurements == 20
-        callback = GradientNoiseScaleCallback()
-        leave_mail(callback)
-        callback.reset()
-        assert callback.estimate().num_measurements == 0
-
-
-class ListLogger(Logger):
-    """Keeps what it is given."""
-
-    name, version = "list", 0
-
-    def __init__(self):
-        super().__init__()
-        self.rows: list[tuple[int, dict]] = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-
-KEYS = {
-    "gns/noise_scale",
-    "gns/noise_scale_lower",
-    "gns/noise_scale_upper",
-    "gns/grad_sq_norm",
-    "gns/cov_trace",
-    "gns/batch_size",
-    "gns/suggested_batch_size",
-}
-
-
-class TestLogging:
-    def test_all_keys_at_log_steps_to_all_loggers(self, tmp_path):
-        loggers = [ListLogger(), ListLogger(), CSVLogger(tmp_path)]
-        callback, trainer = measure(
-            DigitsMLP(), loader(digits()), steps=25, trainer_args={"logger": loggers, "log_every_n_steps": 10}
-        )
-        for logger in loggers[:2]:
-            rows = [(step, row) for step, row in logger.rows if "gns/noise_scale" in row]
-            # Lightning counts the logged steps from 0; the last is the end of training
-            assert [step for step, _ in rows] == [9, 19, 24]
-            assert all(set(row) - {"epoch"} == KEYS for _, row in rows)
-        estimate = callback.estimate()
-        last = rows[-1][1]
-        assert last["gns/noise_scale"] == estimate.noise_scale
-        assert last["gns/noise_scale_lower"] == estimate.lower
-        assert last["gns/noise_scale_upper"] == estimate.upper
-        assert last["gns/grad_sq_norm"] == estimate.grad_sq_norm
-        assert last["gns/cov_trace"] == estimate.cov_trace
-        assert last["gns/batch_size"] == 128
-        assert last["gns/suggested_batch_size"] == callback.advise().suggested_batch_size
-        assert float(trainer.callback_metrics["gns/noise_scale"]) == pytest.approx(estimate.noise_scale)
-        assert "gns/noise_scale" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
-
-    def test_two_instances_with_prefixes(self):
-        logger = ListLogger()
-        other = GradientNoiseScaleCallback(every_n_steps=5, prefix="gns5")
-        measure(DigitsMLP(), loader(digits()), steps=10, callbacks=[other], trainer_args={"logger": logger})
-        logged = {key for _, row in logger.rows for key in row}
-        assert logged >= KEYS
-        assert {key.replace("gns", "gns5", 1) for key in KEYS} <= logged
-
-    def test_monitored_by_other_callbacks(self, tmp_path):
-        checkpoint = ModelCheckpoint(tmp_path, monitor="gns/noise_scale", save_on_train_epoch_end=True)
-        settings = {"enable_checkpointing": True, "log_every_n_steps": 5}
-        measure(DigitsMLP(), loader(digits()), steps=30, callbacks=[checkpoint], trainer_args=settings)
-        assert checkpoint.best_model_score is not None
-
-    def test_synchronises_now_and_then_without_logging(self):
-        """Otherwise the buffer would grow until the end of training."""
-        seen = []
-
-        class Watch(L.Callback):
-            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-                seen.append(trainer.callbacks[0].estimate().num_measurements)
-
-        settings = {"log_every_n_steps": 0}
-        measure(DigitsMLP(), loader(digits()), accumulate=2, steps=101, callbacks=[Watch()], trainer_args=settings)
-        assert sorted(set(seen)) == [0, 50, 100]
-
-    def test_without_a_logger(self):
-        callback, _ = measure(DigitsMLP(), loader(digits()), steps=10, trainer_args={"log_every_n_steps": 0})
-        assert callback.estimate().num_measurements == 10
-
-    def test_barebones(self):
-        callback = GradientNoiseScaleCallback(every_n_steps=1)
-        trainer = L.Trainer(
-            barebones=True, max_steps=10, accumulate_grad_batches=2, callbacks=[callback], accelerator="cpu"
-        )
-        trainer.fit(DigitsMLP(), loader(digits()))
-        assert callback.estimate().num_measurements == 10
-
-    def test_a_few_lines_once_at_the_end(self, monkeypatch):
-        said = []
-        # how often a logger's handlers see it depends on which loggers other tests have opened
-        monkeypatch.setattr("lightning_wn.callbacks.noise_scale.callback.rank_zero_info", said.append)
-        callback, _ = measure(DigitsMLP(), loader(digits()), steps=20)
-        (summary,) = [message for message in said if "noise scale" in message]
-        estimate, advice = callback.estimate(), callback.advise()
-        measured, suggestion, rest = summary.strip().splitlines()
-        assert measured == f"Gradient {estimate}, by the probe 'micro_batch' on every optimizer step."
-        assert suggestion == advice.suggestion
-        assert suggestion in str(advice)
-        assert "`print(callback.advise())` says more" in rest
-        assert rest.endswith("and 1 reason for doubt.")
-        assert len(advice.doubts) == 1
 
 
 def test_nan_batch_is_dropped_counted_and_said_once(recwarn):
@@ -625,7 +472,7 @@ def test_lightning_cli_builds_it_from_plain_arguments(tmp_path):
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(GradientNoiseScaleCallback, "gns")
     config = parser.parse_args(
-        ["--gns.every_n_steps=2", "--gns.unit=tokens", "--gns.batch_size_fn=frozen_digits.first_length"]
+        ["--gns.every_n_steps=2", "--gns.unit=tokens", "--gns.batch_size_fn=helpers.frozen_digits.first_length"]
     )
     callback = parser.instantiate_classes(config).gns
     assert (callback.every_n_steps, callback.unit, callback.batch_size_fn) == (2, "tokens", first_length)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers.frozen_digits import QUIET, DigitsMLP, digits, loader
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.callbacks.noise_scale.run_timer import RunTimer
@@ -134,34 +133,6 @@ def test_a_run_without_an_end_and_manual_optimization_have_no_times_to_a_loss():
     fit(Manual(), [callback], accumulate_grad_batches=1)
     run = callback.advise().run
     assert (run.time, run.optimizer, run.num_steps) == (None, "SGD", 60)
-
-
-def test_plots_what_was_logged_and_what_a_resumed_run_logs(tmp_path):
-    callback = GradientNoiseScaleCallback(every_n_steps=1)
-    trainer = fit(DigitsMLP(), [callback], log_every_n_steps=10)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    series = callback.plot().axes[0].get_lines()[0]
-    assert list(series.get_xdata()) == [9, 19, 29, 39, 49, 59]
-    assert series.get_ydata()[-1] == callback.estimate().noise_scale
-    later = GradientNoiseScaleCallback(every_n_steps=1)
-    trainer = L.Trainer(callbacks=[later], **QUIET, max_steps=80, accumulate_grad_batches=4, log_every_n_steps=10)
-    trainer.fit(DigitsMLP(), loader(digits(512), 16), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
-    assert list(later.plot().axes[0].get_lines()[0].get_xdata()) == [9, 19, 29, 39, 49, 59, 69, 79]
-
-
-def test_logs_the_picture_when_asked(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = {}
-    for asked in (True, False):
-        logger = TensorBoardLogger(tmp_path, name=str(asked))
-        callback = GradientNoiseScaleCallback(every_n_steps=1, log_figure=asked)
-        fit(DigitsMLP(), [callback], logger=logger, log_every_n_steps=10)
-        events = EventAccumulator(logger.log_dir)
-        events.Reload()
-        found[asked] = events.Tags()["images"]
-        assert ("custom_scalars__config__" in events.Tags()["tensors"]) is asked
-    assert found == {True: ["gns/figure"], False: []}
 
 
 def test_without_matplotlib_the_error_comes_before_training(monkeypatch):

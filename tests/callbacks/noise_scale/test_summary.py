@@ -14,7 +14,7 @@ NOTHING = dict.fromkeys(Rejection, 0)
 
 
 def summary_of(advice, rejected=NOTHING, every_n_steps=10, **arguments):
-    return fit_summary(advice.estimate, advice, rejected, every_n_steps, **arguments).splitlines()
+    return fit_summary(advice, rejected, every_n_steps, **arguments).splitlines()
 
 
 def test_three_lines():

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_wn import WeightNormCallback
-from lightning_wn.callbacks.weight_norm.checks import refuse_sharding
+from lightning_wn.callbacks.weight_norm.checks import require_whole_parameters
 from lightning_wn.weight_norm import fold_weight_norm
 
 
@@ -122,7 +122,7 @@ def test_averaged_g_and_v_are_what_the_model_ends_with():
 def test_sharding_strategies_are_refused(strategy):
     trainer = types.SimpleNamespace(strategy=object.__new__(strategy))
     with pytest.raises(ValueError, match=f"does not work with {strategy.__name__}.*use a single device or a DDP"):
-        refuse_sharding(trainer)
+        require_whole_parameters(trainer)
 
 
 def test_a_trainer_of_the_other_package_is_refused(monkeypatch):

@@ -5,7 +5,9 @@ import torch
 from helpers.weight_norm_models import Regression, fit, normalized
 from torch import nn
 
-from lightning_wn import WeightNormCallback
+from lightning_wn import WeightNormCallback, apply_weight_norm
+from lightning_wn.callbacks.weight_norm.checks import require_in_optimizers
+from lightning_wn.weight_norm.core.selection import NamedLayer
 
 
 class EarlyOptimizer(Regression):
@@ -91,3 +93,15 @@ def test_legal_optimizers_pass(kind):
 @pytest.mark.filterwarnings("ignore:.*will run with no optimizer")
 def test_a_fit_without_optimizer_passes():
     fit(NoOptimizer(), WeightNormCallback())
+
+
+def test_an_optimizer_that_loses_a_recurrent_weight_is_refused():
+    model = nn.ModuleDict({"layer": nn.LSTM(3, 4)})
+    layer = NamedLayer(("layer",), model["layer"])
+    early = torch.optim.SGD(model.parameters())
+    apply_weight_norm(model, "layer")
+    held = [p for name, p in model.named_parameters() if "weight_hh_l0" not in name]
+    with pytest.raises(ValueError, match=r"trainable g of weight_hh_l0 of 'layer' \(LSTM\), v of weight_hh_l0"):
+        require_in_optimizers([torch.optim.SGD(held)], [layer])
+    with pytest.raises(ValueError, match=r"holds the plain weight of weight_ih_l0 of 'layer' \(LSTM\)"):
+        require_in_optimizers([early], [layer])

@@ -1,4 +1,4 @@
-"""The numbers that are logged, against the definition; and groups for optimizers."""
+"""The numbers that are logged, against the definition."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_wn import WeightNormCallback
 from lightning_wn.callbacks.weight_norm.signals import learning_signals, mean_norms
-from lightning_wn.weight_norm import apply_weight_norm, weight_norm_parameter_groups
+from lightning_wn.weight_norm import apply_weight_norm
 
 KEYS = {"effective_lr_median", "effective_lr_min", "effective_lr_max", "g_mean", "g_std", "g_min", "g_max", "v_growth"}
 
@@ -67,28 +67,3 @@ def test_growth_goes_on_from_a_checkpoint(tmp_path):
     trainer.fit(Regression(), ckpt_path=tmp_path / "half.ckpt")
     growth = [t.callback_metrics["weight_norm/v_growth"] for t in (first, trainer)]
     assert 1 < growth[0] < growth[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sizes"),
-    [
-        ({}, [(3, 0.1), (2, 0.0)]),
-        ({"decay_g": True}, [(4, 0.1), (1, 0.0)]),
-        ({"decay_v": True}, [(4, 0.1), (1, 0.0)]),
-        ({"decay_g": True, "decay_v": True}, [(5, 0.1)]),
-    ],
-)
-def test_groups_hold_every_trainable_parameter_once(arguments, sizes):
-    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 3, bias=False).requires_grad_(False))
-    apply_weight_norm(model, "0")
-    groups = weight_norm_parameter_groups(model, 0.1, **arguments)
-    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == sizes
-    held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    if not arguments:
-        assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model[0].parametrizations.parameters()}
-
-
-def test_a_negative_decay_is_refused():
-    with pytest.raises(ValueError, match="`weight_decay` must be a number of at least 0, got -1"):
-        weight_norm_parameter_groups(nn.Linear(2, 2), -1)

@@ -11,11 +11,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_wn import WeightNormCallback
-from lightning_wn.callbacks.weight_norm.checks import check_optimizers
 from lightning_wn.weight_norm import apply_weight_norm, fold_weight_norm
 from lightning_wn.weight_norm.core.layers import rule_for
-from lightning_wn.weight_norm.core.normalized_module import weight_norm_chains
-from lightning_wn.weight_norm.core.selection import NamedLayer
+from lightning_wn.weight_norm.core.normalized_module import normalized_weights
 
 
 class Gated(nn.Module):
@@ -70,7 +68,7 @@ def pairs(model):
     """Each normalized weight by its qualified name, with its g and v."""
     found = {}
     for name, module in model.named_modules():
-        for tensor in weight_norm_chains(module):
+        for tensor in normalized_weights(module):
             chain = module.parametrizations[tensor]
             found[f"{name}.{tensor}"] = chain.original0, chain.original1
     return found
@@ -236,19 +234,6 @@ def test_attention_in_evaluation_takes_the_fast_path_with_computed_weights():
             assert torch.equal(model(x, **arguments), folded(x, **arguments))
 
 
-def test_optimizers_that_lose_a_recurrent_weight_are_refused():
-    model = build("lstm")
-    layer = NamedLayer(("layer",), model.layer)
-    held = [p for name, p in model.named_parameters() if "weight_hh_l0" not in name]
-    with pytest.raises(ValueError, match=r"trainable g of weight_hh_l0 of 'layer' \(LSTM\), v of weight_hh_l0"):
-        check_optimizers([torch.optim.SGD(held)], [layer])
-    plain = build("lstm", normalize=False)
-    early = torch.optim.SGD(plain.parameters())
-    apply_weight_norm(plain, "layer")
-    with pytest.raises(ValueError, match=r"holds the plain weight of weight_ih_l0 of 'layer' \(LSTM\)"):
-        check_optimizers([early], [NamedLayer(("layer",), plain.layer)])
-
-
 def test_a_failure_in_a_later_weight_leaves_the_layer_plain():
     model = build("lstm", normalize=False)
     with torch.no_grad():
@@ -347,7 +332,7 @@ def test_a_fit_and_its_file(tmp_path, dim):
     trainer = fit(model, callback, max_epochs=10)
     assert sum(model.losses[-4:]) < sum(model.losses[:4])
     assert normalized(model) == ["net.head"]
-    assert list(weight_norm_chains(model.net["lstm"])) == ["weight_ih_l0", "weight_hh_l0"]
+    assert list(normalized_weights(model.net["lstm"])) == ["weight_ih_l0", "weight_hh_l0"]
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     expected = torch.cat(trainer.predict(model))
     fresh = Recurrent()

@@ -13,7 +13,7 @@ from lightning_wn import WeightNormCallback
 from lightning_wn.weight_norm import add_mean_only_batch_norm, apply_weight_norm, cached_weight_norm, fold_weight_norm
 from lightning_wn.weight_norm.core.layers import rule_for
 from lightning_wn.weight_norm.core.mean_only_batch_norm import mean_only_of
-from lightning_wn.weight_norm.core.normalized_module import weight_norm_chains
+from lightning_wn.weight_norm.core.normalized_module import normalized_weights
 
 
 class Sequence(nn.Module):
@@ -122,7 +122,7 @@ def check_file(tmp_path, name, *behind, form="folded", **arguments):
         tested = quiet_trainer(WeightNormCallback(supported)).test(
             plain, ckpt_path=saver.last_model_path, verbose=False
         )
-        assert all(not weight_norm_chains(module) for module in plain.modules())
+        assert all(not normalized_weights(module) for module in plain.modules())
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(plain.eval().net(x), first.eval().net(x), rtol=1e-6, atol=1e-6)
     # the file into a normalized model, in a Trainer of its own
@@ -208,7 +208,7 @@ def with_bias_in_words(plain, name):
 @pytest.mark.parametrize("name", NETS)
 def test_a_scope_computes_each_weight_once_and_training_goes_on(name, computed):
     model, x = normalize(name)
-    count = sum(len(weight_norm_chains(module)) for module in model.modules())
+    count = sum(len(normalized_weights(module)) for module in model.modules())
     with torch.no_grad():
         expected = model(x)
     computed.clear()
