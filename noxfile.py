@@ -1,6 +1,7 @@
 """What a change is checked with: ``nox`` runs all of it, ``nox -s lint`` a part; ``nox -l`` lists the parts.
 
-Each session makes an environment of its own. ``nox --no-venv -s lint types imports`` uses the one that it runs in.
+Each session makes an environment of its own. ``nox --no-venv --no-install -s lint types imports`` uses the one that it
+runs in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types of the package, strictly."""
-    session.install(".[dev]")
+    session.install(".", "mypy>=1.15")
     session.run("mypy")
 
 

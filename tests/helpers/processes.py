@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def start_script(
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", ""))),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port or free_port()),
     }
+    if port:
+        environment["MASTER_PORT"] = str(port)
     if rank is not None:
         environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     arguments = (str(script), *arguments)
@@ -61,13 +62,13 @@ def end_script(process: BaseProcess) -> None:
     """Kill a script, and all that it has launched."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # where it has no group of its own yet
     process.join()
 
 
 def run_script(script: Path, *arguments: str, cwd: Path | None = None, ranks: int | None = None) -> tuple[str, str]:
     """Run a script, on so many ranks or on one that may launch others; return stdout and stderr, or fail with them."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as logs:
+    with tempfile.TemporaryDirectory() as logs, free_port() as port:
         processes = [
             start_script(script, *arguments, logs=Path(logs), cwd=cwd, rank=rank if ranks else None, port=port)
             for rank in range(ranks or 1)
@@ -97,7 +98,7 @@ def _run(arguments: Sequence[str], environment: dict[str, str], cwd: str, logs: 
     for stream, name in ((1, "stdout"), (2, "stderr")):
         with Path(logs, name + environment.get("LOCAL_RANK", "")).open("wb", buffering=0) as file:
             os.dup2(file.fileno(), stream)
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "DISPLAY", "MPLBACKEND"):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT", "DISPLAY", "MPLBACKEND"):
         os.environ.pop(name, None)
     os.environ.update(environment)
     os.chdir(cwd)
@@ -108,11 +109,13 @@ def _run(arguments: Sequence[str], environment: dict[str, str], cwd: str, logs: 
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile: it stays bound, and ranks can listen on it all the same."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def results_of_ranks(script: Path, folder: Path, *arguments: str, ranks: int = 2) -> list[dict[str, Any]]:

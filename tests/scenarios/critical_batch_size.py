@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from helpers.adaptive_runs import Model
 from helpers.frozen_digits import digits
+from helpers.processes import LIMIT
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,7 @@ class MayWait(Model):
     def training_step(self, batch, batch_idx):
         if self.waits and len(batch[0]) == 32 and batch_idx == 10:
             self.waits.touch()
-            time.sleep(600)
+            time.sleep(LIMIT)
         return super().training_step(batch, batch_idx)
 
 
