@@ -87,9 +87,9 @@ def copy_for_measuring(model: nn.Module) -> nn.Module:
 
 
 def gradients_or_zeros(loss: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradient of the loss by each parameter, zeros where it does not depend on one."""
+    """Return the gradient of the loss by each parameter, dense, zeros where it does not depend on one."""
     found = torch.autograd.grad(loss, list(parameters), allow_unused=True, create_graph=create_graph)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
 
 def _hessian_product(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wn.module_selectors import ModuleSelection, as_selectors, matcher, show_selection
-from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype
+from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype, require_dense
 from lightning_wn.summing import summing_dtype
 
 Denominator = Callable[[nn.Parameter], Tensor | None]
@@ -135,7 +135,8 @@ def find_measured(
         denominator: See :class:`MeasuredParameters`.
 
     Raises:
-        ValueError: If an entry matches no trainable parameter, or a group none that is measured.
+        ValueError: If an entry matches no trainable parameter, or a group none that is measured, and for a parameter
+            that is sparse itself.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
@@ -145,6 +146,8 @@ def find_measured(
     """
     chosen = {id(p) for p in (trainable if layers is None else _named("layers", layers, model, trainable))}
     measured = [p for p in trainable if id(p) in chosen]
+    for parameter in measured:
+        require_dense(parameter)
     members, coverage = [], [_share(measured, trainable)]
     for name, selection in groups.items():
         named = _named(f"groups[{name!r}]", selection, model, trainable)

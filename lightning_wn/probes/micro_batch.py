@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.norms import norm_dtype
+from lightning_wn.noise_scale.norms import norm_dtype, require_dense
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
 from lightning_wn.probes.checksums import Projection, choose_projections, project
@@ -160,15 +160,13 @@ class MicroBatchProbe(Probe):
                 fired.append(index)
                 try:
                     norms.append(vector_norm(grad) if dtype is None else vector_norm(grad, dtype=dtype))
-                except NotImplementedError as error:
-                    raise ValueError(
-                        f"`GradientNoiseScaleCallback` cannot read the {grad.layout} gradient of a parameter of shape "
-                        f"{tuple(grad.shape)}; look it up with `sparse=False`."
-                    ) from error
-                if projection is not None:
-                    checks.append((projection, projection.pick(grad)))
-                if preconditions:
-                    preconditioned.append(measured.preconditioned_norm(index, grad))
+                    if projection is not None:
+                        checks.append((projection, projection.pick(grad)))
+                    if preconditions:
+                        preconditioned.append(measured.preconditioned_norm(index, grad))
+                except Exception:  # where a sparse gradient fails, if it does, differs between versions of torch
+                    require_dense(grad)
+                    raise
 
         return see_gradient
 

@@ -398,7 +398,7 @@ class PerExampleNorms:
         finally:
             self._recording = recording
         for name, grad in gradients.items():
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            wide = grad.to_dense().to(torch.promote_types(grad.dtype, torch.float32))
             if self._verification is not None:
                 self._verification.add_part(parameters[name], wide.sum(0))
             self._take(layer.slots[name], Dense(wide), layer)
