@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+Batches: TypeAlias = Iterable[Any] | LightningDataModule
+"""Where batches come from: a loader or whatever else gives them, or a DataModule's training loader."""
+
+_Copied = TypeVar("_Copied")
 
 _SYNC_STEPS_WITHOUT_LOGGING = 50
 
@@ -65,7 +73,12 @@ def largest_accumulation(trainer: Trainer) -> int:
     return max(factors)
 
 
-def training_step_output(model: LightningModule, batch: Any, batch_idx: int) -> Any:
+def has_training_step(model: nn.Module) -> bool:
+    """Whether a model is a LightningModule, which tells its own loss."""
+    return isinstance(model, LightningModule)
+
+
+def training_step_output(model: nn.Module, batch: Any, batch_idx: int) -> Any:
     """Return what ``training_step`` gives; its ``batch_idx`` is optional, as it is for the Trainer."""
     step: Any = model.training_step
     return step(batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
@@ -106,3 +119,46 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
         'Callback'
     """
     return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+
+def training_batches(data: Batches) -> Iterable[Any]:
+    """Return what gives the batches; a DataModule is set up for it.
+
+    Example:
+        >>> training_batches([1, 2])
+        [1, 2]
+    """
+    if not isinstance(data, LightningDataModule):
+        return data
+    data.prepare_data()
+    data.setup("fit")
+    loader: Iterable[Any] = data.train_dataloader()
+    return loader
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch on the device, as the Trainer moves it there."""
+    return move_data_to_device(batch, device)
+
+
+def copy_without_trainer(value: _Copied) -> _Copied:
+    """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied.
+
+    A compiled model's copy is not compiled: what was compiled belongs to the original, and computes with its weights.
+    """
+    memo: dict[int, Any] = {}
+    # a LightningModule leaves its Trainer out by itself
+    compiled = isinstance(value, LightningModule) and value._compiler_ctx is not None
+    if compiled:
+        memo[id(value._compiler_ctx)] = None  # type: ignore[attr-defined]  # it is a LightningModule
+    if isinstance(value, LightningDataModule) and value.trainer is not None:
+        memo[id(value.trainer)] = None
+    if isinstance(value, DataLoader):
+        memo[id(value.dataset)] = value.dataset
+        if value._iterator is not None:  # workers that persist
+            memo[id(value._iterator)] = None
+    copied = copy.deepcopy(value, memo)
+    if compiled:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(copied).pop(name, None)
+    return copied

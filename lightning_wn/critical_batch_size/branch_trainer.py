@@ -25,14 +25,9 @@ from torch.nn.parameter import is_lazy
 from lightning_wn.critical_batch_size.branch import Branch, BranchPlan
 from lightning_wn.critical_batch_size.branch_watch import BranchWatch, monitored_value
 from lightning_wn.critical_batch_size.checks import check_callbacks
-from lightning_wn.critical_batch_size.isolation import (
-    copy_each,
-    copy_without_trainer,
-    own_copy,
-    own_random_state,
-    quiet,
-)
+from lightning_wn.critical_batch_size.isolation import copy_each, own_copy, own_random_state, quiet
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.trainer import copy_without_trainer
 
 _OURS = (
     "max_epochs", "max_time", "min_steps", "min_epochs", "accumulate_grad_batches", "fast_dev_run",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
@@ -10,29 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader
 
-
-def copy_without_trainer(value: Any) -> Any:
-    """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied."""
-    memo: dict[int, Any] = {}
-    # a LightningModule leaves its Trainer out by itself
-    compiled = isinstance(value, LightningModule) and value._compiler_ctx is not None
-    if compiled:
-        memo[id(value._compiler_ctx)] = None
-    if isinstance(value, LightningDataModule) and value.trainer is not None:
-        memo[id(value.trainer)] = None
-    if isinstance(value, DataLoader):
-        memo[id(value.dataset)] = value.dataset
-        if value._iterator is not None:  # workers that persist
-            memo[id(value._iterator)] = None
-    copied = copy.deepcopy(value, memo)
-    if compiled:  # what was compiled belongs to the original
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            vars(copied).pop(name, None)
-    return copied
+from lightning_wn.trainer import copy_without_trainer
 
 
 def own_copy(value: Any, argument: str) -> Any:

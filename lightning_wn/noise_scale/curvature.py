@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_wn.noise_scale.norms import sum_of_squares
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.summing import summing_dtype
 
@@ -52,44 +53,57 @@ def curvature_samples(
         slopes = gradients_or_zeros(hessian_loss(), parameters, create_graph=True)
         if _ends_in_an_error(slopes):
             raise _not_twice("the model has an operation that is marked `once_differentiable`")
-        device = parameters[0].device
-        dtype = summing_dtype(device)
-        total: list[Tensor] = []
-        total_product: list[Tensor] = []
-        forms: list[Tensor] = []
-        sizes: list[float | Tensor] = []
-        for loss, size in losses:
-            gradients = gradients_or_zeros(loss(), parameters)
-            products = _hessian_product(slopes, parameters, gradients)
-            forms.append(_dot(gradients, products, dtype))
-            sizes.append(size)
-            if total:
-                torch._foreach_add_(total, gradients)
-                torch._foreach_add_(total_product, products)
-            else:
-                total, total_product = [g.clone() for g in gradients], [p.clone() for p in products]
-    count = len(forms)
+        return gradient_samples(parameters, losses, partial(_hessian_product, slopes, parameters))
+
+
+def gradient_samples(
+    parameters: Sequence[nn.Parameter],
+    losses: Iterable[tuple[Callable[[], Tensor], float | Tensor]],
+    product: Callable[[list[Tensor]], list[Tensor]] | None = None,
+) -> GradientSamples:
+    """Measure |g|² of the gradient of each batch's loss, and of their mean; only running sums are kept.
+
+    Args:
+        parameters: What to differentiate by.
+        losses: For each sample what computes its batch's mean loss, and the examples in it.
+        product: From a gradient g to Hg, to measure gᵀHg.
+    """
+    device = parameters[0].device
+    like = torch.zeros((), device=device, dtype=summing_dtype(device))
+    totals: list[list[Tensor]] = []
+    sq_norms: list[Tensor] = []
+    sizes: list[float | Tensor] = []
+    for loss, size in losses:
+        gradients = gradients_or_zeros(loss(), parameters)
+        factors = [gradients] if product is None else [gradients, product(gradients)]
+        sq_norms.append(_squared(factors, like))
+        sizes.append(size)
+        for total, factor in zip(totals, factors, strict=False):
+            torch._foreach_add_(total, factor)
+        totals = totals or [[tensor.clone() for tensor in factor] for factor in factors]
+    count = len(sizes)
     return GradientSamples(
-        sq_norms=torch.stack(forms),
-        sizes=torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in sizes]),
+        sq_norms=torch.stack(sq_norms),
+        sizes=torch.stack([torch.as_tensor(size, dtype=like.dtype).to(device) for size in sizes]),
         weights=[1.0 / count] * count,
-        grad_sq_norm=_dot(total, total_product, dtype) / count**2,
+        grad_sq_norm=_squared(totals, like) / count**2,
         examples=sizes[0],
         micro_batches=1,
     )
 
 
-def copy_for_measuring(model: nn.Module) -> nn.Module:
-    """Copy a model in training mode, but not the Trainer that a LightningModule may be attached to."""
-    memo = {id(trainer): None for trainer in [getattr(model, "_trainer", None)] if trainer is not None}
-    copied: nn.Module = copy.deepcopy(model, memo)
-    return copied.train()
+def _squared(factors: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
+    """Return |g|² of one factor, the product of two."""
+    if len(factors) == 1:
+        return sum_of_squares(factors[0], like)
+    products = [torch.sum(a * b, dtype=like.dtype) for a, b in zip(*factors, strict=True)]
+    return torch.stack(products).sum()
 
 
 def gradients_or_zeros(loss: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradient of the loss by each parameter, zeros where it does not depend on one."""
+    """Return the gradient of the loss by each parameter, dense, zeros where it does not depend on one."""
     found = torch.autograd.grad(loss, list(parameters), allow_unused=True, create_graph=create_graph)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
 
 def _hessian_product(
@@ -132,10 +146,6 @@ def _not_twice(reason: str) -> ValueError:
         f"The curvature-weighted noise scale differentiates the loss twice, and {reason}; measure without curvature, "
         "or use an implementation that can be differentiated twice, such as eager attention."
     )
-
-
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack([torch.sum(a * b, dtype=dtype) for a, b in zip(left, right, strict=True)]).sum()
 
 
 @contextlib.contextmanager

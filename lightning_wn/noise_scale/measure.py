@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
+from lightning_wn.arguments import is_between, is_whole
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
-from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_samples, gradients_or_zeros
+from lightning_wn.noise_scale.curvature import curvature_samples, gradient_samples
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
-from lightning_wn.noise_scale.norms import sum_of_squares
-from lightning_wn.noise_scale.samples import GradientSamples
-from lightning_wn.summing import summing_dtype
-from lightning_wn.trainer import training_step_output
+from lightning_wn.trainer import (
+    Batches,
+    copy_without_trainer,
+    has_training_step,
+    to_device,
+    training_batches,
+    training_step_output,
+)
 
 LossFn = Callable[[Any, Any], Tensor]
 
 
 def measure_noise_scale(
     model: nn.Module,
-    data: Iterable[Any] | LightningDataModule,
+    data: Batches,
     loss_fn: LossFn | None = None,
     *,
     relative_error: float = 0.1,
@@ -78,20 +81,20 @@ def measure_noise_scale(
         >>> estimate.lower < estimate.noise_scale < estimate.upper
         True
     """
-    if not 0.0 < relative_error < math.inf:
+    if not is_between(relative_error, 0.0):
         raise ValueError(f"`relative_error` must be a positive number, got {relative_error!r}; 0.1 is ten percent.")
-    if samples_per_measurement < 2:
+    if not is_whole(samples_per_measurement, 2):
         raise ValueError(
             f"`samples_per_measurement` must be 2 or more, got {samples_per_measurement!r}: one gradient alone does "
             "not tell the mean from the noise."
         )
-    if loss_fn is None and not isinstance(model, LightningModule):
+    if loss_fn is None and not has_training_step(model):
         raise ValueError(
             f"`loss_fn` is needed for a {type(model).__name__}, which is no LightningModule; pass a function from the "
             "model and a batch to the mean loss."
         )
     metric = GradientNoiseScale(ema_decay=1.0, confidence=confidence, unit=unit)
-    copied = copy_for_measuring(model)
+    copied = copy_without_trainer(model).train()
     parameters = [parameter for parameter in copied.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("`model` has no parameter with `requires_grad=True`; unfreeze what is to be measured.")
@@ -110,7 +113,7 @@ def measure_noise_scale(
                     continue
                 metric.add_samples(curvature_samples(parameters, batches[0][0], batches[1:]))
             else:
-                metric.add_samples(_mean_gradient_samples(parameters, batches))
+                metric.add_samples(gradient_samples(parameters, batches))
             metric.synchronize(across_ranks=False)
             estimate = metric.estimate()
             if (estimate.upper - estimate.lower) / 2 <= relative_error * estimate.noise_scale < math.inf:
@@ -124,39 +127,9 @@ def measure_noise_scale(
     return estimate
 
 
-def _mean_gradient_samples(
-    parameters: list[nn.Parameter], batches: Sequence[tuple[Callable[[], Tensor], float | Tensor]]
-) -> GradientSamples:
-    """Take the norm of each batch's gradient and of their mean; keeps the running sum of the gradients."""
-    device = parameters[0].device
-    like = torch.zeros((), device=device, dtype=summing_dtype(device))
-    total: list[Tensor] = []
-    sq_norms = []
-    for loss, _ in batches:
-        gradients = gradients_or_zeros(loss(), parameters)
-        sq_norms.append(sum_of_squares(gradients, like))
-        if total:
-            torch._foreach_add_(total, gradients)
-        else:
-            total = [gradient.clone() for gradient in gradients]
-    count = len(batches)
-    return GradientSamples(
-        sq_norms=torch.stack(sq_norms),
-        sizes=torch.stack([torch.as_tensor(size, dtype=like.dtype).to(device) for _, size in batches]),
-        weights=[1.0] * count,
-        grad_sq_norm=sum_of_squares(total, like) / count**2,
-        examples=batches[0][1],
-    )
-
-
 def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None, device: torch.device) -> Tensor:
-    batch = move_data_to_device(batch, device)
-    output: Any
-    if loss_fn is not None:
-        output = loss_fn(model, batch)
-    else:
-        assert isinstance(model, LightningModule)
-        output = training_step_output(model, batch, index)
+    batch = to_device(batch, device)
+    output: Any = training_step_output(model, batch, index) if loss_fn is None else loss_fn(model, batch)
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(
@@ -166,13 +139,9 @@ def _loss(model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None, devi
     return loss
 
 
-def _windows(data: Iterable[Any] | LightningDataModule, length: int, limit: int) -> Iterator[list[Any]]:
+def _windows(data: Batches, length: int, limit: int) -> Iterator[list[Any]]:
     """Yield lists of ``length`` batches, shorter ones where a pass over the data or the limit ends."""
-    loader: Any = data
-    if isinstance(data, LightningDataModule):
-        data.prepare_data()
-        data.setup("fit")
-        loader = data.train_dataloader()
+    loader = training_batches(data)
     left = limit
     while left > 0:
         before = left

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_wn.module_selectors import ModuleSelection, as_selectors, matcher, show_selection
-from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype
+from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype, require_dense
+from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.summing import summing_dtype
-
-Denominator = Callable[[nn.Parameter], Tensor | None]
+from lightning_wn.text import some
 
 
 class MeasuredParameters:
@@ -64,14 +64,14 @@ class MeasuredParameters:
 
         Args:
             places: Positions in ``parameters`` that the norms belong to, one each, repeats allowed.
-            sq_norms: Squared norms, shape (n,).
-            preconditioned: Squared norms of the preconditioned gradients, shape (n,).
+            sq_norms: Squared norms, shape (n,), or (n, B) of B examples.
+            preconditioned: Squared norms of preconditioned gradients to add up, shape (any number,) or (..., B).
 
         Returns:
-            Shape () where only all together is measured, else (columns,).
+            Shape () or (B,) where only all together is measured, else (columns,) or (columns, B).
         """
         if self.single_column:
-            return sq_norms.sum()
+            return sq_norms.sum(0)
         key = (tuple(places), sq_norms.device)
         matrix = self._matrices.get(key)
         if matrix is None:
@@ -82,8 +82,8 @@ class MeasuredParameters:
         columns: Tensor = matrix @ sq_norms
         if self.denominator is None:
             return columns
-        total = sq_norms.sum() if preconditioned is None else preconditioned.sum()
-        return torch.cat((columns, total.reshape(1)))
+        total = (sq_norms if preconditioned is None else preconditioned).sum(0)
+        return torch.cat((columns, total.unsqueeze(0)))
 
     def preconditioned_norm(self, place: int, gradient: Tensor) -> Tensor:
         """Return |Pg| of one parameter's gradient, NaN while there is no denominator yet; shape ()."""
@@ -135,7 +135,8 @@ def find_measured(
         denominator: See :class:`MeasuredParameters`.
 
     Raises:
-        ValueError: If an entry matches no trainable parameter, or a group none that is measured.
+        ValueError: If an entry matches no trainable parameter, or a group none that is measured, and for a parameter
+            that is sparse itself.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
@@ -145,6 +146,8 @@ def find_measured(
     """
     chosen = {id(p) for p in (trainable if layers is None else _named("layers", layers, model, trainable))}
     measured = [p for p in trainable if id(p) in chosen]
+    for parameter in measured:
+        require_dense(parameter)
     members, coverage = [], [_share(measured, trainable)]
     for name, selection in groups.items():
         named = _named(f"groups[{name!r}]", selection, model, trainable)
@@ -174,10 +177,9 @@ def _named(
             hits |= {id(p) for name, p in named if matches(name, nn.Module())}
         if not any(id(p) in hits for p in trainable):
             names = [name for name, p in model.named_parameters() if any(p is q for q in trainable)]
-            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ValueError(
                 f"`{argument}={show_selection(entry)}` matches no trainable parameter of {type(model).__name__}: the "
-                f"optimizer moves {shown}; name modules or parameters by a glob such as 'encoder.*', or by a type."
+                f"optimizer moves {some(names)}; name modules or parameters by a glob such as 'encoder.*' or by a type."
             )
         found |= hits
     return [p for p in trainable if id(p) in found]

@@ -15,8 +15,20 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if dtype in _LOW_PRECISION else None
 
 
+def require_dense(gradient: Tensor) -> None:
+    """Raise ValueError for a sparse gradient, of which only some versions of torch can take a norm."""
+    if gradient.layout is not torch.strided:
+        raise ValueError(
+            f"A noise scale cannot be read off the {gradient.layout} gradient of a parameter of shape "
+            f"{tuple(gradient.shape)}; look it up with `sparse=False`, or keep the parameter itself dense."
+        )
+
+
 def foreach_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each tensor, in the order of the tensors, in float32 at least.
+    """Return the norm of each gradient, in the order of the gradients, in float32 at least.
+
+    Raises:
+        ValueError: If one is sparse.
 
     Example:
         >>> foreach_norms([torch.tensor([3.0, 4.0]), torch.tensor([1.0], dtype=torch.float64)])
@@ -24,6 +36,7 @@ def foreach_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     places: dict[torch.dtype, list[int]] = {}
     for place, tensor in enumerate(tensors):
+        require_dense(tensor)
         places.setdefault(tensor.dtype, []).append(place)
     norms = list(tensors)
     for dtype, group in places.items():

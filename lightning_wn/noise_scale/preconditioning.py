@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_wn.summing import summing_dtype
+
+Denominator = Callable[[nn.Parameter], Tensor | None]
+"""What the optimizer divides each element of a parameter's gradient by, None before it has any state."""
 
 _SECOND_MOMENT = "exp_avg_sq"
 _WITHOUT_SECOND_MOMENT = (

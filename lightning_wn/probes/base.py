@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 
 
-class Probe(Protocol):
+class Probe:
     """Collects the gradient samples of one optimizer step while the ordinary passes run.
 
     The callback calls ``require_readable`` before training, and then, for each step that is measured,
@@ -70,6 +71,7 @@ class Probe(Protocol):
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Read the optimizer's gradient and return the samples, or None if there is nothing to measure."""
+        raise NotImplementedError
 
     def detach(self) -> None:
         """Remove all hooks and forget the step."""
@@ -78,3 +80,26 @@ class Probe(Protocol):
 def same_parameters(new: Sequence[nn.Parameter], old: Sequence[nn.Parameter]) -> bool:
     """Whether these are the very same parameters in the same order; comparing values would wait for the device."""
     return len(new) == len(old) and all(map(operator.is_, new, old))
+
+
+def mean_scale(weight: float, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return what makes the weighted mean of the samples of ``Parameter.grad``, whose weights add up to ``weight``.
+
+    Args:
+        weight: Σ w_k of the gradients g_k that add up to Σ w_k g_k.
+        grad_scale: A loss scaler's factor that they still have, or None.
+        dtype: Of the result.
+
+    Example:
+        >>> mean_scale(0.5, torch.tensor(4.0), torch.float64)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    factor = 1.0 / weight
+    return torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+
+
+def sample_sizes(sizes: Sequence[float | Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[float] | Tensor:
+    """Return the examples behind each sample as numbers, or as a tensor where some were counted on the device."""
+    if any(isinstance(size, Tensor) for size in sizes):
+        return torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in sizes])
+    return [float(size) for size in sizes]

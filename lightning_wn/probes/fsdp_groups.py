@@ -16,6 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
+from lightning_wn.text import some
+
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 # reduced with the division inside the collective; every other type is divided before and after it
 _DIVIDED_IN_COLLECTIVE = (torch.float32, torch.bfloat16)
@@ -143,24 +145,22 @@ def read_sharded_groups(model: nn.Module) -> list[ShardedGroup]:
 
 def require_sharded(model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]) -> None:
     """Raise ValueError where an FSDP2 group has not all of the optimizer's parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     sharded = {id(parameter) for group in groups for parameter in group.parameters}
     if outside := {id(parameter) for parameter in parameters} - sharded:
         raise ValueError(
             f"The optimizer holds {len(outside)} parameter(s) that no FSDP2 module shards "
-            f"({_some_names(outside, names)}), and the 'sharded' probe cannot see their gradients; call "
+            f"({_names(outside, model)}), and the 'sharded' probe cannot see their gradients; call "
             "`fully_shard` on the root module too and do not pass them as `ignored_params`."
         )
 
 
 def require_optimized(model: nn.Module, groups: Sequence[ShardedGroup], parameters: Sequence[nn.Parameter]) -> None:
     """Raise ValueError where the optimizer lacks a trainable parameter of a group."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimized = {id(parameter) for parameter in parameters}
-    if without := {id(parameter) for group in groups for parameter in group.parameters} - optimized:
+    sharded = {id(parameter) for group in groups for parameter in group.parameters}
+    if without := sharded - {id(parameter) for parameter in parameters}:
         raise ValueError(
             f"FSDP2 reduces the gradients of {len(without)} trainable parameter(s) that the optimizer does not hold "
-            f"({_some_names(without, names)}); pass them to the optimizer or set `requires_grad=False` on them."
+            f"({_names(without, model)}); pass them to the optimizer or set `requires_grad=False` on them."
         )
 
 
@@ -276,6 +276,6 @@ def _read_group(name: str, module: Any, torch_group: Any) -> ShardedGroup:
     return ShardedGroup(name, module, torch_group, shard_size, int(mesh_info.shard_mesh_rank), replicas)
 
 
-def _some_names(ids: set[int], names: dict[int, str]) -> str:
-    shown = sorted(repr(names.get(i, "unnamed")) for i in ids)
-    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+def _names(ids: set[int], model: nn.Module) -> str:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return some(sorted(repr(names.get(i, "unnamed")) for i in ids))

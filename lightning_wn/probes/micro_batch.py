@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.norms import norm_dtype
+from lightning_wn.noise_scale.norms import norm_dtype, require_dense
 from lightning_wn.noise_scale.samples import GradientSamples
-from lightning_wn.probes.base import Probe
-from lightning_wn.probes.checksums import _choose_projections, _project, _Projection
+from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
+from lightning_wn.probes.checksums import Projection, choose_projections, project
 from lightning_wn.probes.requirements import require_independent_ranks
 from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import largest_accumulation
@@ -33,19 +31,19 @@ class MicroBatchProbe(Probe):
     local SGD, a gradient edited or left over) is found by comparing a few random projections of both.
     """
 
-    name: ClassVar[str] = "micro_batch"
+    name = "micro_batch"
 
     def __init__(self) -> None:
         self._measured = MeasuredParameters(())
         self._handles: list[RemovableHandle] = []
-        self._projections: dict[int, _Projection] = {}
+        self._projections: dict[int, Projection] = {}
         self._averaged: list[nn.Parameter] | None = None
         self._recording = False
         # of the running backward pass; the hooks hold on to these lists
         self._fired: list[int] = []
         self._norms: list[Tensor] = []
         self._preconditioned: list[Tensor] = []
-        self._checks: list[tuple[_Projection, Tensor]] = []
+        self._checks: list[tuple[Projection, Tensor]] = []
         self._forget_step()
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
@@ -67,15 +65,12 @@ class MicroBatchProbe(Probe):
         if measured is not self._measured:
             self.detach()
             self._measured = measured
-            self._projections = _choose_projections(measured.parameters, self._averaged)
+            self._projections = choose_projections(measured.parameters, self._averaged)
         if not self._handles:
             for index, parameter in enumerate(measured.parameters):
                 handle = parameter.register_hook(self._hook(index, parameter))  # type: ignore[no-untyped-call]  # torch's
                 self._handles.append(handle)
         self._forget_step()
-
-    def before_forward(self, count: BatchCount) -> None:
-        """Nothing to do: the hooks see backward passes only."""
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Record what the hooks see from here on."""
@@ -89,7 +84,7 @@ class MicroBatchProbe(Probe):
         self._irregular |= len(set(self._fired)) < len(self._fired)
         device = self._measured.device
         dtype = summing_dtype(device)
-        checksums, sizes = _project(self._checks, device, dtype)
+        checksums, sizes = project(self._checks, device, dtype)
         factor = 1.0 / weight if loss_scale is None else 1.0 / (weight * loss_scale.to(dtype))
         squares = _squares(self._norms, factor, device, dtype)
         preconditioned = _squares(self._preconditioned, factor, device, dtype) if self._preconditioned else None
@@ -106,27 +101,22 @@ class MicroBatchProbe(Probe):
             return None
         device = self._sq_norms[0].device
         dtype = self._sq_norms[0].dtype
-        factor = 1.0 / sum(self._weights)
-        scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+        scale = mean_scale(sum(self._weights), grad_scale, dtype)
+        grad_sq_norm = self._measured.sq_norms_of_optimizers_gradient(scale)
         parameters = self._measured.parameters
         picks = [
             (projection, projection.pick(grad))
             for index, projection in self._projections.items()
             if (grad := parameters[index].grad) is not None
         ]
-        sizes: Sequence[float] | Tensor
-        if any(isinstance(size, Tensor) for size in self._sizes):
-            sizes = torch.stack([torch.as_tensor(size, device=device, dtype=dtype) for size in self._sizes])
-        else:
-            sizes = [float(size) for size in self._sizes]
         samples = GradientSamples(
             sq_norms=torch.stack(self._sq_norms),
-            sizes=sizes,
+            sizes=sample_sizes(self._sizes, device, dtype),
             weights=self._weights,
-            grad_sq_norm=self._measured.sq_norms_of_optimizers_gradient(scale),
+            grad_sq_norm=grad_sq_norm,
             checksums=torch.stack(self._checksums),
             checksum_sizes=torch.stack(self._checksum_sizes),
-            grad_checksums=_project(picks, device, dtype)[0] * scale,
+            grad_checksums=project(picks, device, dtype)[0] * scale,
             full=full,
             irregular=self._irregular,
         )
@@ -170,15 +160,13 @@ class MicroBatchProbe(Probe):
                 fired.append(index)
                 try:
                     norms.append(vector_norm(grad) if dtype is None else vector_norm(grad, dtype=dtype))
-                except NotImplementedError as error:
-                    raise ValueError(
-                        f"`GradientNoiseScaleCallback` cannot read the {grad.layout} gradient of a parameter of shape "
-                        f"{tuple(grad.shape)}; look it up with `sparse=False`."
-                    ) from error
-                if projection is not None:
-                    checks.append((projection, projection.pick(grad)))
-                if preconditions:
-                    preconditioned.append(measured.preconditioned_norm(index, grad))
+                    if projection is not None:
+                        checks.append((projection, projection.pick(grad)))
+                    if preconditions:
+                        preconditioned.append(measured.preconditioned_norm(index, grad))
+                except Exception:  # where a sparse gradient fails, if it does, differs between versions of torch
+                    require_dense(grad)
+                    raise
 
         return see_gradient
 

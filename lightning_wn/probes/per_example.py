@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +15,8 @@ from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.per_example.engine.norms import PerExampleNorms
 from lightning_wn.per_example.rules.errors import PerExampleError
-from lightning_wn.probes.base import Probe
+from lightning_wn.probes.base import Probe, mean_scale
+from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
 
 _Result = TypeVar("_Result")
@@ -33,10 +34,10 @@ class PerExampleProbe(Probe):
     later, that step is left out with a warning.
     """
 
-    name: ClassVar[str] = "per_example"
+    name = "per_example"
     # a measured step costs about 1.3 plain ones
-    default_every_n_steps: ClassVar[int] = 100
-    watches_forward: ClassVar[bool] = True
+    default_every_n_steps = 100
+    watches_forward = True
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
@@ -55,11 +56,7 @@ class PerExampleProbe(Probe):
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError on several devices and for models that mix examples or are compiled."""
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"`probe='per_example'` is for one device, and this run has {trainer.world_size} ranks, whose "
-                "gradients are exact samples; use `probe='auto'`."
-            )
+        require_one_device(trainer, self.name)
         if len(trainer.optimizers) > 1:
             raise ValueError(
                 f"`probe='per_example'` follows one backward pass through the whole model, and this run has "
@@ -116,8 +113,7 @@ class PerExampleProbe(Probe):
         if self._failed or not self._weights or self._norms is None:
             return None
         dtype = self._sq_norms[0].dtype
-        factor = 1.0 / self._total_weight
-        scale = torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+        scale = mean_scale(self._total_weight, grad_scale, dtype)
         self._has_measured = True
         return GradientSamples(
             sq_norms=torch.cat(self._sq_norms),

@@ -1,4 +1,4 @@
-"""Which Lightning strategies a probe can read."""
+"""What probes need of a run: one sentence each, with the fix, where it is not so."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def parameter_placement(strategy: Strategy) -> Placement:
     return placement
 
 
+def require_one_device(trainer: Trainer, probe: str) -> None:
+    """Raise ValueError on several ranks, whose gradients are better samples than those of such a probe."""
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"`probe={probe!r}` is for one device, and this run has {trainer.world_size} ranks, whose gradients are "
+            "exact samples; use `probe='auto'`."
+        )
+
+
 def require_independent_ranks(trainer: Trainer, pl_module: LightningModule, *, may_convert: bool) -> None:
     """Raise ValueError where batch statistics mix the examples of several ranks.
 
@@ -59,16 +68,18 @@ def require_independent_ranks(trainer: Trainer, pl_module: LightningModule, *, m
         may_convert: Whether the strategy follows ``Trainer(sync_batchnorm=True)``, which turns every batch norm into
             SyncBatchNorm only later, when the model is wrapped.
     """
+    if trainer.world_size < 2:
+        return
     will_sync = may_convert and getattr(trainer.strategy, "_layer_sync", None) is not None
-    synced = (nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm) if will_sync else (nn.SyncBatchNorm,)
+    synced = nn.modules.batchnorm._BatchNorm if will_sync else nn.SyncBatchNorm
     for name, module in pl_module.named_modules():
-        if trainer.world_size > 1 and isinstance(module, synced):
+        if isinstance(module, synced):
             raise ValueError(
                 f"`GradientNoiseScaleCallback` needs independent ranks, and SyncBatchNorm in {name!r} mixes their "
                 "examples; use `Trainer(sync_batchnorm=False)` with BatchNorm, or a normalization without batch "
                 "statistics."
             )
-        if trainer.world_size > 1 and isinstance(module, MeanOnlyBatchNorm) and module.synchronize:
+        if isinstance(module, MeanOnlyBatchNorm) and module.synchronize:
             raise ValueError(
                 f"`GradientNoiseScaleCallback` needs independent ranks, and synchronized means in {name!r} mix "
                 "their examples; leave `synchronize` (`mean_only_synchronize`) False: each rank then takes its own."

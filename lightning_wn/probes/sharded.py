@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import foreach_norms
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
-from lightning_wn.probes.base import Probe
+from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
+from lightning_wn.probes.checksums import FlatProjection, choose_flat_projections
 from lightning_wn.probes.fsdp_groups import (
     ShardedGroup,
     read_sharded_groups,
@@ -24,12 +25,10 @@ from lightning_wn.probes.fsdp_groups import (
     require_torchs_reduce_scatter,
     sharded_data_parallel_size,
 )
+from lightning_wn.probes.reduce_scatter import TappedReduceScatter
 from lightning_wn.probes.requirements import require_independent_ranks
 
-_ELEMENTS_PER_CHECKSUM = 64
 _DTYPE = torch.float64
-
-_SeeGradient = Callable[[int, Tensor, Any], None]
 
 
 class ShardedProbe(Probe):
@@ -44,15 +43,15 @@ class ShardedProbe(Probe):
     ``set_requires_gradient_sync(False)`` lets gradients accumulate first, a sample is what they add up to.
     """
 
-    name: ClassVar[str] = "sharded"
-    can_precondition: ClassVar[bool] = False
+    name = "sharded"
+    can_precondition = False
 
     def __init__(self) -> None:
         self._measured = MeasuredParameters(())
-        self._pieces: dict[int, list[_Piece]] | None = None
+        self._pieces: list[list[_Piece]] | None = None
         self._groups: list[ShardedGroup] = []
-        self._taps: list[_TappedReduceScatter] = []
-        self._projections: dict[int, _FlatProjection] = {}
+        self._taps: list[TappedReduceScatter] = []
+        self._projections: dict[int, FlatProjection] = {}
         self._step = _Step()
         self._backward: _Backward | None = None
 
@@ -76,16 +75,13 @@ class ShardedProbe(Probe):
             require_torchs_reduce_scatter(groups)
             self._measured, self._groups = measured, groups
             self._pieces = _pieces_of(groups, measured)
-            self._projections = _choose_projections(groups, {id(p) for p in measured.parameters})
+            self._projections = choose_flat_projections(groups, {id(p) for p in measured.parameters})
             for index, group in enumerate(groups):
-                tap = _TappedReduceScatter(group.reduce_scatter, index, self._see_gradient)
+                tap = TappedReduceScatter(group.reduce_scatter, index, self._see_gradient)
                 self._taps.append(tap)
                 group.set_reduce_scatter(tap)
         self._step = _Step()
         self._backward = None
-
-    def before_forward(self, count: BatchCount) -> None:
-        """Nothing to do: the reduce-scatters come with the backward pass."""
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Record what the reduce-scatters see from here on."""
@@ -115,8 +111,7 @@ class ShardedProbe(Probe):
         factor = 1.0 / total if loss_scale is None else 1.0 / (total * loss_scale.to(_DTYPE))
         norms = torch.stack([norm.to(_DTYPE) for norm in backward.norms.values()])
         squares = (norms * factor).square().sum(0)
-        whole = self._pieces is None
-        step.sq_norms.append(squares.sum() if whole else self._measured.add_up(range(len(squares)), squares))
+        step.sq_norms.append(self._measured.add_up(range(len(squares)), squares))
         step.checksums.append(backward.checks * factor)
         step.sizes.append(_effective_size(step.waiting))
         step.weights.append(total)
@@ -139,19 +134,19 @@ class ShardedProbe(Probe):
             columns = () if self._measured.single_column else (1 + len(self._measured.groups),)
             step.sq_norms, step.sizes, step.weights = [torch.zeros(columns, device=device, dtype=_DTYPE)], [1.0], [1.0]
             step.layout_known = False
-        factor = 1.0 / sum(step.weights)
-        scale = torch.tensor(factor, dtype=_DTYPE) if grad_scale is None else factor / grad_scale.to(_DTYPE)
+        scale = mean_scale(sum(step.weights), grad_scale, _DTYPE)
         with torch.no_grad():
             mean_sq_norm = self._mean_sq_norm(device)
-            checks = torch.stack([self._grad_check(slot, device) for slot in range(NUM_CHECKSUMS)])
+            grad_checks = self._grad_checks(device) * scale
+        checks = torch.stack(step.checksums) if step.layout_known else None
         return GradientSamples(
             sq_norms=torch.stack(step.sq_norms),
-            sizes=_stacked(step.sizes, device),
+            sizes=sample_sizes(step.sizes, device, _DTYPE),
             weights=step.weights,
             grad_sq_norm=mean_sq_norm * scale**2,
-            checksums=torch.stack(step.checksums)[..., 0] if step.layout_known else None,
-            checksum_sizes=torch.stack(step.checksums)[..., 1] if step.layout_known else None,
-            grad_checksums=checks * scale if step.layout_known else None,
+            checksums=None if checks is None else checks[..., 0],
+            checksum_sizes=None if checks is None else checks[..., 1],
+            grad_checksums=None if checks is None else grad_checks,
             grad_in_shards=True,
             examples=step.examples,
             micro_batches=step.micro_batches,
@@ -220,13 +215,15 @@ class ShardedProbe(Probe):
             norms = torch.stack([norm.to(device, _DTYPE) for norm in foreach_norms(shards)])
         return self._measured.add_up(places, norms.square() * torch.tensor(factors, dtype=_DTYPE).to(device))
 
-    def _grad_check(self, slot: int, device: torch.device) -> Tensor:
+    def _grad_checks(self, device: torch.device) -> Tensor:
+        """Project the optimizer's gradient, shape (NUM_CHECKSUMS,): this rank's part, as of |ḡ|²."""
+        checks = [torch.zeros((), device=device, dtype=_DTYPE)] * NUM_CHECKSUMS
         for index, projection in self._projections.items():
-            grad = _local_grad(projection.parameter)
-            if projection.slot == slot and grad is not None:
-                group = self._groups[index]
-                return projection.of_shard(grad)[0].to(device, _DTYPE) * (group.shard_size * group.mean_factor)
-        return torch.zeros((), device=device, dtype=_DTYPE)
+            grad, group = _local_grad(projection.parameter), self._groups[index]
+            if grad is not None:
+                factor = group.shard_size * group.mean_factor
+                checks[projection.slot] = projection.of_shard(grad)[0].to(device, _DTYPE) * factor
+        return torch.stack(checks)
 
 
 @dataclass
@@ -261,8 +258,7 @@ class _Step:
     weights: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Where a measured parameter's gradient lies in each row of its group's flat gradient."""
 
     place: int
@@ -271,118 +267,18 @@ class _Piece:
     end: int
 
 
-def _pieces_of(groups: Sequence[ShardedGroup], measured: MeasuredParameters) -> dict[int, list[_Piece]] | None:
+def _pieces_of(groups: Sequence[ShardedGroup], measured: MeasuredParameters) -> list[list[_Piece]] | None:
     """Return the pieces of each group, or None where whole flat gradients are what is measured."""
     places = {id(parameter): place for place, parameter in enumerate(measured.parameters)}
-    sharded = [id(parameter) for group in groups for parameter in group.parameters]
-    if measured.single_column and set(sharded) == set(places):
+    sharded = {id(parameter) for group in groups for parameter in group.parameters}
+    if measured.single_column and sharded == set(places):
         return None
-    pieces: dict[int, list[_Piece]] = {}
-    for index, group in enumerate(groups):
-        start = 0
-        pieces[index] = []
-        for parameter, length in zip(group.parameters, group.padded_shard_lengths, strict=True):
-            if id(parameter) in places:
-                pieces[index].append(_Piece(places[id(parameter)], start, start + length))
-            start += length
+    pieces = []
+    for group in groups:
+        ends = list(accumulate(group.padded_shard_lengths, initial=0))
+        spans = zip(map(id, group.parameters), ends, ends[1:], strict=False)
+        pieces.append([_Piece(places[key], start, end) for key, start, end in spans if key in places])
     return pieces
-
-
-class _TappedReduceScatter:
-    """A reduce-scatter after torch's protocol that shows its input and otherwise does what another one does."""
-
-    def __init__(self, inner: Any, index: int, see_gradient: _SeeGradient) -> None:
-        self.inner = inner
-        self.closed = False
-        self._index = index
-        self._see_gradient = see_gradient
-
-    @property
-    def open_inner(self) -> Any:
-        """What this one replaced, past those that have been closed since."""
-        inner = self.inner
-        while isinstance(inner, _TappedReduceScatter) and inner.closed:
-            inner = inner.inner
-        return inner
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate a buffer for the communication."""
-        buffer: Tensor = self.inner.allocate(size, dtype=dtype, device=device)
-        return buffer
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: torch.distributed.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> Any:
-        """Show the input, then reduce and scatter it."""
-        if not self.closed:
-            self._see_gradient(self._index, input_tensor, op)
-        return self.inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op, async_op=async_op)
-
-
-class _FlatProjection:
-    """A fixed random linear function of a few elements of one parameter's gradient.
-
-    The flat gradient has one row a shard, and a row is the parameters' shards one after the other, each
-    padded to equal length. The same elements can therefore be found in the flat gradient of every rank and,
-    each on the one rank that holds it, in the optimizer's gradient.
-    """
-
-    def __init__(self, group: ShardedGroup, measured: set[int], slot: int, generator: torch.Generator) -> None:
-        self.slot = slot
-        lengths = group.padded_shard_lengths
-        # of another optimizer's parameters, gradients may be left from another step
-        own = [place for place, parameter in enumerate(group.parameters) if id(parameter) in measured]
-        largest = max(own, key=lengths.__getitem__)
-        self.parameter = group.parameters[largest]
-        self._flat_length = group.flat_length
-        count = min(_ELEMENTS_PER_CHECKSUM, group.shard_size * lengths[largest])
-        shard = torch.randint(group.shard_size, (count,), generator=generator)
-        place = torch.randint(lengths[largest], (count,), generator=generator)
-        signs = torch.randn(count, generator=generator)
-        self._flat_places = (shard * sum(lengths) + sum(lengths[:largest]) + place).to(group.device)
-        self._flat_signs = signs.to(group.device)
-        with torch.no_grad():
-            local = self.parameter.to_local()  # type: ignore[attr-defined]  # a DTensor
-        # padding is zero in the flat gradient and nowhere in the shard
-        mine = (shard == group.shard_rank) & (place < local.numel())
-        self._shard_places = place[mine].to(local.device)
-        self._shard_signs = signs[mine].to(local.device)
-
-    def fits(self, flat_grad: Tensor) -> bool:
-        """Whether all trainable parameters of the group are in it."""
-        return flat_grad.numel() == self._flat_length
-
-    def of_flat(self, flat_grad: Tensor) -> Tensor:
-        return _project(flat_grad[self._flat_places], self._flat_signs)
-
-    def of_shard(self, grad: Tensor) -> Tensor:
-        return _project(grad.reshape(-1)[self._shard_places], self._shard_signs)
-
-
-def _project(picked: Tensor, signs: Tensor) -> Tensor:
-    wide = torch.promote_types(picked.dtype, torch.float32)
-    terms = picked.to(wide) * signs.to(wide)
-    return torch.stack((terms.sum(), torch.linalg.vector_norm(terms)))
-
-
-def _choose_projections(groups: Sequence[ShardedGroup], measured: set[int]) -> dict[int, _FlatProjection]:
-    """Project the largest group and others spread over the model; the same elements on every rank."""
-    sizes = [sum(p.numel() for p in group.parameters if id(p) in measured) for group in groups]
-    places = [index for index, size in enumerate(sizes) if size]
-    if not places:
-        return {}
-    chosen = (max(places, key=sizes.__getitem__), places[0], places[-1], places[len(places) // 2])
-    # a generator of its own: training must draw the same random numbers with and without the probe
-    generator = torch.Generator().manual_seed(0)
-    return {
-        index: _FlatProjection(groups[index], measured, slot, generator)
-        for slot, index in enumerate(dict.fromkeys(chosen))
-    }
 
 
 def _local_grad(parameter: nn.Parameter) -> Tensor | None:
@@ -400,9 +296,3 @@ def _effective_size(parts: Sequence[tuple[float | Tensor, float]]) -> float | Te
     total = sum(weight for _, weight in parts)
     inverse = sum(weight**2 / size for size, weight in parts)
     return total**2 / inverse
-
-
-def _stacked(sizes: Sequence[float | Tensor], device: torch.device) -> Sequence[float] | Tensor:
-    if any(isinstance(size, Tensor) for size in sizes):
-        return torch.stack([torch.as_tensor(size, device=device, dtype=_DTYPE) for size in sizes])
-    return [float(size) for size in sizes]

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_wn.weight_norm.core.cache import forget, set_aside
+from lightning_wn.weight_norm.core.forward import call_forward
 from lightning_wn.weight_norm.core.mean_only_batch_norm import gives_pre_activations, mean_only_of, unit_dim
 from lightning_wn.weight_norm.core.normalized_module import g_and_v, is_sharded, normalized_weights, weight_norm_of
 from lightning_wn.weight_norm.core.selection import NamedLayer
@@ -271,7 +271,7 @@ def _measure(
     own |= {name: widen(tensor.clone()) for name, tensor in module.named_buffers()}
     own |= {name: widen(tensor) for name, tensor in tensors.items()}
     with _aside(module, v.device), set_aside(module):
-        output = functional_call(_Bare(module), {f"module.{name}": t for name, t in own.items()}, args, dict(kwargs))
+        output = call_forward(module, own, args, kwargs)
 
     units = _g_and_v(module)[0].numel()
     dim = unit_dim(module)
@@ -308,17 +308,6 @@ class _Eager:
 
 # of the process, as torch's stance is
 _EAGER = _Eager()
-
-
-class _Bare(nn.Module):
-    """Calls a module's forward method without the hooks of its calls."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
 
 
 @contextmanager

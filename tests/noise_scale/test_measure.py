@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.frozen_digits import QUIET, DigitsMLP, digits, loader, per_example_gradients, truth
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -51,6 +52,17 @@ def test_plain_module_with_a_loss_function_is_the_same():
     model = DigitsMLP()
     module = measure_noise_scale(model.net, loader(digits()), cross_entropy, max_batches=40)
     assert module == measure_noise_scale(model, loader(digits()), max_batches=40)
+
+
+@pytest.mark.parametrize("curvature", [False, True])
+def test_a_compiled_module_is_measured_as_it_is(curvature):
+    """What was compiled computes with the weights of the original, and a copy's gradients would all be zero."""
+    options = {"max_batches": 20, "curvature": curvature}
+    compiled = from_compiled(torch.compile(DigitsMLP(), backend="aot_eager"))
+    assert measure_noise_scale(compiled, loader(digits()), **options) == measure_noise_scale(
+        DigitsMLP(), loader(digits()), **options
+    )
+    assert compiled._compiler_ctx is not None
 
 
 def test_uneven_batches():

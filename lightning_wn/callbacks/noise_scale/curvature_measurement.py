@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
-from lightning_wn.noise_scale.curvature import copy_for_measuring, curvature_samples
+from lightning_wn.noise_scale.curvature import curvature_samples
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.probes.requirements import parameter_placement
-from lightning_wn.trainer import training_step_output
+from lightning_wn.trainer import copy_without_trainer, training_step_output
 
 CURVATURE = "curvature"
 _GRADIENT_BATCHES = 4
@@ -80,8 +80,7 @@ class CurvatureMeasurement:
         self._batches = []
 
     def _measure(self, trainer: Trainer, model: LightningModule) -> None:
-        copied = copy_for_measuring(model)
-        assert isinstance(copied, LightningModule)
+        copied = copy_without_trainer(model).train()
         # what it reads of the Trainer is there; what it would log is not
         copied.trainer = trainer
         copied.__dict__["log"] = copied.__dict__["log_dict"] = lambda *args, **kwargs: None

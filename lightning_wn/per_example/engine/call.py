@@ -118,7 +118,7 @@ class Call:
                     f"{batch_size}: name the dimension in `batch_dims`, or 'folded' if the parts of an example lie one "
                     "after the other in the first one"
                 )
-            if layer.in_doubt and grad.ndim > 2 and grad.shape[1] == batch_size:
+            if layer.maybe_sequence_first and grad.ndim > 2 and grad.shape[1] == batch_size:
                 raise PerExampleError(
                     f"{layer.label} got an input of shape {shape_of(x)}: two dimensions may be the batch, "
                     "since the model has modules with batch_first=False: name the dimension in `batch_dims`"
@@ -197,7 +197,6 @@ class OutputGradient:
         self._watched: tuple[Tensor, int] | None = None
         self._handle: Any = None
         self.node: Node | None = output.grad_fn
-        self.is_parameter = output.requires_grad and output.is_leaf
         source = output
         base = output._base
         if base is not None:

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.batch_axes import has_own_axes
 from lightning_wn.per_example.engine.rerun import GenericRule
 from lightning_wn.per_example.rules.errors import PerExampleError, name_of
-from lightning_wn.per_example.rules.gradients import (
-    Denominator,
-    Form,
-    preconditioned_sq_norms,
-    squared_norms,
-)
+from lightning_wn.per_example.rules.gradients import Form, preconditioned_sq_norms, squared_norms
 from lightning_wn.per_example.rules.registry import Rule, is_measured_as_one, rule_for
-from lightning_wn.per_example.rules.weight_normalized import WeightNormed, weight_norm_of
+from lightning_wn.per_example.rules.weight_normalized import NormalizedWeight, normalized_weight_of
 
 BatchDim = int | Literal["folded"]
 
@@ -32,17 +28,17 @@ class Slot:
 
     shape: torch.Size
     measured: tuple[nn.Parameter, ...]
-    weight_norm: WeightNormed | None
+    weight_norm: NormalizedWeight | None
     # of the running step
     calls: int = 0
     calls_in_backward: int = 0
-    waiting: list[Form] = field(default_factory=list)
+    uses: list[Form] = field(default_factory=list)
     squared: bool = False
 
     def forget(self) -> None:
         """Forget the step."""
         self.calls = self.calls_in_backward = 0
-        self.waiting = []
+        self.uses = []
         self.squared = False
 
     @property
@@ -86,7 +82,8 @@ class Layer:
         slots: By the names that the rule uses (``weight``), or by parameter name for the generic rule.
         parameters: The measured parameters, by name in the module.
         batch_dim: Where the batch lies in its input and output.
-        in_doubt: Whether the model has modules that put the sequence first, and nobody said where the batch lies.
+        maybe_sequence_first: Whether the model has modules that put the sequence first, and nobody said where the
+            batch lies.
     """
 
     name: str
@@ -95,7 +92,7 @@ class Layer:
     slots: dict[str, Slot]
     parameters: dict[str, nn.Parameter]
     batch_dim: BatchDim
-    in_doubt: bool
+    maybe_sequence_first: bool
     generic: GenericRule = field(default_factory=GenericRule)
 
     @property
@@ -126,7 +123,7 @@ def find_layers(
         own = {key: p for key, p in _own_parameters(module).items() if id(p) in wanted}
         if not own:
             continue
-        weight_norm = weight_norm_of(module)
+        weight_norm = normalized_weight_of(module)
         rule = rule_for(module)
         if weight_norm is None and any(isinstance(m, ParametrizationList) for m in _inner(module)):
             rule = None  # an unknown parametrization: run the module again
@@ -193,50 +190,3 @@ def _check_sharing(slots: Mapping[tuple[int, ...], Slot], layers: Sequence[Layer
                 "normalization, or with different g): weight-normalize all of these layers alike, or none"
             )
         seen |= set(ids)
-
-
-class Columns:
-    """Adds squared norms up: one column for all parameters, one a group, one for the preconditioned gradient.
-
-    Args:
-        groups: Parameters whose squared norms are summed apart; they may overlap.
-        denominator: What each element of a parameter's gradient is divided by in the last column; None for a
-            parameter that has none yet, which makes the column NaN.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], denominator: Denominator | None) -> None:
-        self._groups = [{id(p) for p in group} for group in groups]
-        self._denominator = denominator
-        self._sq_norms: list[tuple[int, Tensor]] = []
-        self._preconditioned: list[Tensor] = []
-
-    def add(self, slot: Slot, forms: Sequence[Form]) -> None:
-        """Square the gradients of one tensor's uses."""
-        self._sq_norms += [(id(p), sq_norms) for p, sq_norms in slot.squared_norms(forms)]
-        if self._denominator is not None:
-            self._preconditioned.append(slot.preconditioned(forms, self._denominator))
-
-    def sums(self, batch_size: int, device: torch.device | None) -> Tensor:
-        """Return the sums, shape (B,), or (B, columns) where there is more than the total."""
-        zeros = torch.zeros(batch_size, device=device)
-        total = _sum([sq_norms for _, sq_norms in self._sq_norms], zeros)
-        if not self._groups and self._denominator is None:
-            return total
-        columns = [total]
-        columns += [_sum([sq for key, sq in self._sq_norms if key in group], zeros) for group in self._groups]
-        if self._denominator is not None:
-            columns.append(_sum(self._preconditioned, zeros))
-        dtype = max((column.dtype for column in columns), key=lambda dtype: dtype.itemsize)
-        return torch.stack([column.to(total.device, dtype) for column in columns], dim=1)
-
-    def forget(self) -> None:
-        """Forget the step."""
-        self._sq_norms = []
-        self._preconditioned = []
-
-
-def _sum(terms: Sequence[Tensor], zeros: Tensor) -> Tensor:
-    if not terms:
-        return zeros
-    # parts of a model may lie on several devices
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum(0)

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
-from lightning_wn.per_example.engine.batch_axes import has_own_axes
-from lightning_wn.per_example.engine.call import Call, OutputGradient, accumulation_node, is_private
-from lightning_wn.per_example.engine.layers import BatchDim, Columns, Layer, Slot, find_layers
+from lightning_wn.per_example.engine.call import Call, OutputGradient, is_private
+from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
 from lightning_wn.per_example.engine.rerun import Context
-from lightning_wn.per_example.engine.shared_tensors import Broadcasts, SharedGradient
+from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
 from lightning_wn.per_example.rules.errors import PerExampleError, refuse_model
-from lightning_wn.per_example.rules.gradients import Denominator, Dense, Form, waiting
+from lightning_wn.per_example.rules.gradients import Dense, Form
+from lightning_wn.summing import summing_dtype
 
 
 class PerExampleNorms:
@@ -84,7 +86,8 @@ class PerExampleNorms:
         denominator: Denominator | None = None,
     ) -> None:
         self._model = model
-        self._columns = Columns(groups, denominator)
+        self._measured = MeasuredParameters(parameters, groups=groups, denominator=denominator)
+        self._places = {id(p): place for place, p in enumerate(parameters)}
         self._layers = find_layers(model, parameters, batch_dims or {})
         measured = {id(p): p for layer in self._layers for p in layer.parameters.values()}
         self._parameters = list(measured.values())
@@ -99,13 +102,13 @@ class PerExampleNorms:
     def _start_afresh(self) -> None:
         self._recording = False
         self._verification: Verification | None = None
-        self._broadcasts: Broadcasts | None = None
-        self._shared_parameters: dict[int, tuple[nn.Parameter, SharedGradient]] = {}
-        self._uses: list[Call] = []
+        self._shared = SharedParameters()
+        self._calls: list[Call] = []
         self._attentions: list[AttentionCall] = []
-        self._starts: list[tuple[Layer, list[int], Context]] = []
+        self._starts: dict[str, list[tuple[list[int], Context]]] = {}
         self._errors: list[PerExampleError] = []
-        self._columns.forget()
+        self._sq_norms: list[tuple[int, Tensor]] = []
+        self._preconditioned: list[Tensor] = []
         self._signature: tuple[Any, ...] = ()
         for slot in self._slots:
             slot.forget()
@@ -160,12 +163,13 @@ class PerExampleNorms:
 
     def before_backward(self, loss: Tensor) -> None:
         """Look at the graph of the loss for tensors that all examples share until they meet the batch."""
-        self._try(self._watch_shared, loss)
+        self._try(self._shared.watch, loss, self._batch_size, self._calls, self._layers)
         signature: list[tuple[Any, ...]] = [
-            (use.layer.name, use.shared is not None, *use.axes(self._batch_size)) for use in self._uses
+            (call.layer.name, call.shared is not None, *call.axes(self._batch_size)) for call in self._calls
         ]
         signature += [(attention.name, "graph") for attention in self._attentions]
-        self._signature = (*sorted(signature, key=str), *sorted(self._names_of_shared()))
+        shared = [index for index, p in enumerate(self._parameters) if id(p) in self._shared.gradients]
+        self._signature = (*sorted(signature, key=str), *shared)
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
             self._verification = None
@@ -189,21 +193,20 @@ class PerExampleNorms:
                 raise self._errors[0]
             if self._verification is not None and self._verification.check():
                 self._verified.add(self._signature)
-            return self._columns.sums(self._batch_size, self._parameters[0].device if self._parameters else None)
+            return self._sums()
         finally:
             self._forget()
 
     def _forget(self) -> None:
         """Take the step's hooks off and forget what they saw."""
-        for use in self._uses:
-            for output in use.outputs:
+        for call in self._calls:
+            for output in call.outputs:
                 output.remove()
         for attention in self._attentions:
             attention.remove()
         if self._verification is not None:
             self._verification.stop()
-        if self._broadcasts is not None:
-            self._broadcasts.remove()
+        self._shared.remove()
         self._start_afresh()
 
     def _try(self, function: Any, *args: Any) -> None:
@@ -216,17 +219,17 @@ class PerExampleNorms:
     def _note_start(self, layer: Layer, args: Any, kwargs: Any) -> None:
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = list({p.device for p in layer.parameters.values()})
-        self._starts.append((layer, [t._version for t in leaves], Context.capture(devices)))
+        start = [t._version for t in leaves], Context.capture(devices)
+        self._starts.setdefault(layer.name, []).append(start)
 
     def _note_call(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
         context: Context | None = None
         versions: list[int] | None = None
         if layer.rule is None:
             # calls nest: the last start of this layer is the one that ends here
-            index = next((i for i in reversed(range(len(self._starts))) if self._starts[i][0] is layer), None)
-            if index is None:
+            if not self._starts.get(layer.name):
                 return
-            _, versions, context = self._starts.pop(index)
+            versions, context = self._starts[layer.name].pop()
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(o.requires_grad for o in outputs):
             return
@@ -243,12 +246,12 @@ class PerExampleNorms:
         leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if versions is None:
             versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-        use = Call(layer, leaves, spec, versions, [], context, input_has_history)
+        call = Call(layer, leaves, spec, versions, [], context, input_has_history)
         # the generic rule needs the gradients of all outputs and waits for the end
-        arrived = None if layer.rule is None else lambda: self._try(self._answer, use)
-        private = layer.rule is not None and len(outputs) == 1 and is_private(outputs[0], use.tensors)
-        use.outputs = [OutputGradient(o, private=private, arrived=arrived) for o in outputs]
-        self._uses.append(use)
+        arrived = None if layer.rule is None else lambda: self._try(self._answer, call)
+        private = layer.rule is not None and len(outputs) == 1 and is_private(outputs[0], call.tensors)
+        call.outputs = [OutputGradient(o, private=private, arrived=arrived) for o in outputs]
+        self._calls.append(call)
 
     def _follow_attention(self, layer: Layer, leaves: Sequence[Any], outputs: Sequence[Tensor]) -> bool:
         """Wait inside the graph of an attention layer; False if it has to be run again."""
@@ -273,20 +276,20 @@ class PerExampleNorms:
         self._attentions.append(attention)
         return True
 
-    def _answer(self, use: Call) -> None:
+    def _answer(self, call: Call) -> None:
         """Apply the layer's rule; called by autograd when the gradient of the output is known."""
-        layer = use.layer
-        if use.fired:
-            raise use.reached_twice()
-        use.fired = True
-        grad = use.arrived_gradient()
+        layer = call.layer
+        if call.fired:
+            raise call.reached_twice()
+        call.fired = True
+        grad = call.arrived_gradient()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            seen, fold = use.seen(grad, self._batch_size)
-            self._take_forms(layer, dict(use.rule(layer.module, seen)), fold)
+            seen, fold = call.seen(grad, self._batch_size)
+            self._take_forms(layer, dict(call.rule(layer.module, seen)), fold)
         if self._verification is not None:
-            total = grad if use.shared is None else grad.sum(0)
-            self._verification.add_call(layer.module, layer.parameters, use.leaves, use.spec, total)
-        use.leaves = [None]  # autograd may free the input now
+            total = grad if call.shared is None else grad.sum(0)
+            self._verification.add_call(layer.module, layer.parameters, call.leaves, call.spec, total)
+        call.leaves = [None]  # autograd may free the input now
 
     def _take_forms(self, layer: Layer, forms: dict[str, Form | Tensor], fold: int) -> None:
         missing = set(layer.slots) - set(forms)
@@ -307,77 +310,54 @@ class PerExampleNorms:
         if slot.expected <= 1:
             self._square(slot, [form])
             return
-        slot.waiting.append(waiting(form, slot.shape))
-        if len(slot.waiting) == slot.expected:
-            self._square(slot, slot.waiting)
+        slot.uses.append(form.compact(slot.shape))
+        if len(slot.uses) == slot.expected:
+            self._square(slot, slot.uses)
 
     def _square(self, slot: Slot, forms: Sequence[Form]) -> None:
         slot.squared = True
-        self._columns.add(slot, forms)
-        slot.waiting = []
+        self._sq_norms += [(self._places[id(p)], sq_norms) for p, sq_norms in slot.squared_norms(forms)]
+        if self._measured.denominator is not None:
+            self._preconditioned.append(slot.preconditioned(forms, self._measured.denominator))
+        slot.uses = []
 
-    def _watch_shared(self, loss: Tensor) -> None:
-        """Find what meets the batch only later: class tokens, position embeddings."""
-        bare = self._bare_parameters()
-        candidates = [use for use in self._uses if use.layer.rule is not None and self._may_be_shared(use)]
-        if not bare and not candidates:
-            return
-        self._broadcasts = Broadcasts(loss, self._batch_size)
-        for use in candidates:
-            output = use.outputs[0]
-            node, index = output.edge
-            if node is not None and self._broadcasts.meets_batch(node, index, output.shape):
-                use.shared = self._broadcasts.collect(node, index, output.shape)
-                if use.shared is None:
-                    raise PerExampleError(
-                        f"all examples share the result of {use.layer.label} and it is not only added to the batch: "
-                        "expand it to the batch first, or leave its parameters out of the measured ones"
-                    )
-        for parameters in bare:
-            found = [
-                (p, self._broadcasts.collect(accumulation_node(p), 0, p.shape))
-                for p in parameters
-                if self._broadcasts.is_used(accumulation_node(p))
-            ]
-            # with one parameter that needs the module run again, all are found that way, with all its checks
-            if all(shared is not None for _, shared in found):
-                self._shared_parameters |= {id(p): (p, shared) for p, shared in found if shared is not None}
+    def _sums(self) -> Tensor:
+        """Add up what was squared; see :meth:`after_backward`."""
+        measured = self._measured
+        device = measured.device if self._parameters else torch.device("cpu")
 
-    def _bare_parameters(self) -> list[list[nn.Parameter]]:
-        """List the parameters of modules without a rule, where no layer with a rule answers for them too."""
-        ruled = {id(p) for layer in self._layers if layer.rule is not None for p in layer.parameters.values()}
-        called = {id(use.layer): use.layer for use in self._uses if use.layer.rule is None}
-        # modules that are known to turn their tensors around inside are run again
-        groups = [list(layer.parameters.values()) for layer in called.values() if not has_own_axes(layer.module)]
-        return [group for group in groups if not any(id(p) in ruled for p in group)]
+        def stacked(terms: Sequence[Tensor]) -> Tensor:
+            # parts of a model may lie on several devices
+            rows = [term.to(device) for term in terms]
+            return torch.stack(rows) if rows else torch.zeros(0, self._batch_size, device=device)
 
-    def _names_of_shared(self) -> list[tuple[str, ...]]:
-        return [("", str(index)) for index, p in enumerate(self._parameters) if id(p) in self._shared_parameters]
-
-    def _may_be_shared(self, use: Call) -> bool:
-        """Whether the output may have no batch dimension; one of T == B positions looks like a batch."""
-        dim = use.layer.axis
-        shape = use.outputs[0].shape
-        return not use.input_has_history or len(shape) <= dim or shape[dim] != self._batch_size
+        sq_norms = stacked([sq_norms for _, sq_norms in self._sq_norms])
+        total = sq_norms.sum(0)
+        if measured.single_column:
+            return total
+        wide = summing_dtype(device)
+        places = [place for place, _ in self._sq_norms]
+        columns = measured.add_up(places, sq_norms.to(wide), stacked(self._preconditioned).to(wide))
+        return torch.cat((total.unsqueeze(0), columns[1:].to(total.dtype))).T
 
     def _finish(self) -> None:
         with torch.no_grad():
             self._take_shared_parameters()
             for attention in self._attentions:
                 attention.finish()
-            for use in self._uses:
-                use.check_seen()
-                if use.layer.rule is None:
-                    self._run_again(use)
+            for call in self._calls:
+                call.check_seen()
+                if call.layer.rule is None:
+                    self._run_again(call)
             # some uses of a parameter may have no gradient: an output that the loss does not depend on
             for slot in self._slots:
-                if slot.waiting:
-                    self._square(slot, slot.waiting)
+                if slot.uses:
+                    self._square(slot, slot.uses)
 
     def _take_shared_parameters(self) -> None:
         for layer in self._layers:
             for name, parameter in layer.parameters.items():
-                _, shared = self._shared_parameters.get(id(parameter), (None, None))
+                shared = self._shared.gradients.get(id(parameter))
                 slot = layer.slots.get(name)
                 if shared is None or shared.grad is None or slot is None or slot.squared:
                     continue
@@ -385,20 +365,20 @@ class PerExampleNorms:
                     self._verification.add_part(parameter, shared.grad.sum(0))
                 self._square(slot, [Dense(shared.grad)])
 
-    def _run_again(self, use: Call) -> None:
+    def _run_again(self, call: Call) -> None:
         """Apply the generic rule."""
-        layer = use.layer
-        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared_parameters}
-        if not parameters or not any(o.arrivals for o in use.outputs):
+        layer = call.layer
+        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared.gradients}
+        if not parameters or not any(output.arrivals for output in call.outputs):
             return
-        rerun = use.rerun(parameters, self._batch_size)
+        rerun = call.rerun(parameters, self._batch_size)
         recording, self._recording = self._recording, False
         try:
             gradients = layer.generic(rerun, self._batch_size, layer.label)
         finally:
             self._recording = recording
         for name, grad in gradients.items():
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            form = Dense(grad.to_dense().to(torch.promote_types(grad.dtype, torch.float32)))
             if self._verification is not None:
-                self._verification.add_part(parameters[name], wide.sum(0))
-            self._take(layer.slots[name], Dense(wide), layer)
+                self._verification.add_form(parameters[name], form)
+            self._take(layer.slots[name], form, layer)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_wn.per_example.engine.batch_axes import Axes
 from lightning_wn.per_example.rules.errors import PerExampleError
-from lightning_wn.weight_norm.core.torch_weight_norm import is_legacy_hook
+from lightning_wn.weight_norm.core.forward import call_forward
 
 Gradients = dict[str, Tensor]
 """Per-example gradients by parameter name, each (B, *parameter)."""
@@ -73,27 +73,6 @@ class Context:
                 yield drawn
 
 
-class RawForward(nn.Module):
-    """Calls a module's ``forward`` past its own hooks, so that torch.func can swap its parameters."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        legacy: list[Any] = [hook for hook in self.inner._forward_pre_hooks.values() if is_legacy_hook(hook)]
-        # torch's older weight normalization keeps the computed weight as a plain attribute
-        before = {hook.name: getattr(self.inner, hook.name) for hook in legacy}
-        try:
-            for hook in legacy:
-                setattr(self.inner, hook.name, hook.compute_weight(self.inner))
-            return self.inner.forward(*args, **kwargs)
-        finally:
-            for name, weight in before.items():
-                setattr(self.inner, name, weight)
-
-
 class _DrawsNumbers(Exception):  # noqa: N818  # control flow, never seen by users
     """The module draws random numbers: examples cannot be run alone."""
 
@@ -129,10 +108,9 @@ class Rerun:
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        state: dict[str, Tensor] = {f"inner.{name}": tensor for name, tensor in parameters.items()}
         # the module may update its buffers, but not twice a step
-        state |= {f"inner.{name}": buffer.clone() for name, buffer in self.module.named_buffers()}
-        output = torch.func.functional_call(RawForward(self.module), state, args, kwargs)
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        output = call_forward(self.module, {**parameters, **buffers}, args, kwargs)
         return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
     @property

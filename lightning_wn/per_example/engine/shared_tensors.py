@@ -26,7 +26,7 @@ _BROADCASTS = {"AddBackward0", "SubBackward0", "ExpandBackward0", "RepeatBackwar
 _Path = tuple[tuple[Node, int, tuple[int, ...]], ...]
 
 
-class Broadcasts:
+class SharedTensors:
     """Finds the nodes at which shared tensors meet the batch, and collects per-example gradients there.
 
     Args:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_wn.per_example.engine.rerun import RawForward
 from lightning_wn.per_example.rules.errors import PerExampleError
 from lightning_wn.per_example.rules.gradients import Form, dense_chunks
+from lightning_wn.weight_norm.core.forward import call_forward
 
 _SAMPLED = 2048
 
@@ -53,12 +53,12 @@ class Verification:
             free = {name: p.detach().to(wide).requires_grad_() for name, p in parameters.items()}
             others = {name: t.detach().to(wide) for name, t in module.named_parameters() if name not in free}
             # the module may update its buffers, but not twice a step
-            buffers = {name: t.to(wide) if t.is_floating_point() else t.clone() for name, t in module.named_buffers()}
-            buffers = {name: t.clone() for name, t in buffers.items()}
-            state = {f"inner.{name}": t for name, t in (others | free | buffers).items()}
+            buffers = {
+                name: t.to(wide if t.is_floating_point() else t.dtype, copy=True) for name, t in module.named_buffers()
+            }
             leaves = [t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-            output = torch.func.functional_call(RawForward(module), state, args, kwargs)
+            output = call_forward(module, others | free | buffers, args, kwargs)
             parts = torch.autograd.grad(output, list(free.values()), grad.to(wide), allow_unused=True)
         for parameter, part in zip(parameters.values(), parts, strict=True):
             if part is not None:
@@ -66,9 +66,7 @@ class Verification:
 
     def add_part(self, parameter: nn.Parameter, part: Tensor) -> None:
         """Add a part of one parameter's gradient."""
-        sample = _sample(part)
-        known = self._expected.get(id(parameter))
-        self._expected[id(parameter)] = sample if known is None else known + sample
+        self._expected[id(parameter)] = self._expected.get(id(parameter), 0.0) + _sample(part)
 
     def add_form(self, parameter: nn.Parameter, form: Form) -> None:
         """Add the part of a parameter's gradient that is known example by example."""
@@ -90,30 +88,23 @@ class Verification:
         Raises:
             PerExampleError: If a parameter's gradient has parts that were not seen.
         """
-        names: list[str] = []
-        rows: list[tuple[Tensor, Tensor]] = []
+        rows: dict[str, Tensor] = {}
         for parameter in self._parameters:
-            arrived, expected = self._arrived.get(id(parameter)), self._expected.get(id(parameter))
-            if arrived is None and expected is None:
-                continue
-            some = arrived if arrived is not None else expected
-            assert some is not None
-            arrived = torch.zeros_like(some) if arrived is None else arrived
-            expected = torch.zeros_like(some) if expected is None else expected
-            wide = torch.promote_types(arrived.dtype, torch.float32)
-            names.append(self._names[id(parameter)])
-            rows.append(((arrived - expected).to(wide).norm().cpu(), arrived.to(wide).norm().cpu()))
+            arrived = self._arrived.get(id(parameter), torch.zeros(()))
+            difference = arrived.cpu() - self._expected.get(id(parameter), torch.zeros(())).cpu()
+            if difference.ndim:  # unless there was neither
+                norms = [difference.norm(), arrived.cpu().norm()]
+                rows[self._names[id(parameter)]] = torch.stack([norm.double() for norm in norms])
         if not rows:
             return True
-        differences = torch.stack([d.double() for d, _ in rows])
-        sizes = torch.stack([s.double() for _, s in rows])
+        differences, sizes = torch.stack(list(rows.values())).unbind(1)
         if not bool(torch.isfinite(sizes).all()):
             return False
         tolerance = 5e-2 if self._low_precision else 1e-3
         # a gradient that is zero but for rounding (the key bias of attention) is judged by the others
         wrong = ~(differences <= tolerance * (sizes + 1e-2 * sizes.max()))
         if bool(wrong.any()):
-            name = names[int(wrong.nonzero()[0])]
+            name = list(rows)[int(wrong.nonzero()[0])]
             raise PerExampleError(
                 f"parameter {name!r} got a gradient that its module's forward does not account for (it is used "
                 "past that forward, or the module mixes examples): register the module that uses it with "

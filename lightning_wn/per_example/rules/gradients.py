@@ -7,11 +7,11 @@ extended to several positions by the Gram matrices of both factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # writing and reading back an element that was materialised costs about this many multiplications in a matrix
 # product; measured on a CPU, and about the ratio of an H100's float32 and memory throughput
@@ -19,10 +19,6 @@ _MEMORY_COST = 64
 
 # how many elements of gradients are materialised at a time, or one example's, where that is more
 _CHUNK = 2**21
-
-Denominator = Callable[[nn.Parameter], Tensor | None]
-"""What the optimizer divides each element of a parameter's gradient by, None before it has any state."""
-
 
 # on a CPU, a materialised product is squared while it lies in the cache; elsewhere a few large steps are better
 _CACHED = 2**18
@@ -42,7 +38,47 @@ def _folded(tensor: Tensor, fold: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Form:
+    """Per-example gradients of one parameter, in the form that its layer knows them: tensors with the batch first."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of; the last one holds values, not indices."""
+        return tuple(vars(self).values())
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.tensors[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the gradients."""
+        return self.tensors[-1].dtype
+
+    def examples(self, some: slice) -> Form:
+        """Keep some examples."""
+        return replace(self, **{name: tensor[some] for name, tensor in vars(self).items()})
+
+    def compact(self, shape: torch.Size) -> Form:
+        """Return a form fit to be kept until the other uses of its parameter arrive."""
+        return self
+
+    def merge(self, fold: int) -> Form:
+        """Add each ``fold`` successive examples."""
+        raise NotImplementedError
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """Materialise: shape (B, *shape)."""
+        raise NotImplementedError
+
+    def squared(self) -> Tensor:
+        """Return the squared norms, shape (B,)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Form):
     """Per-example gradients as they are, shape (B, *weight)."""
 
     grad: Tensor
@@ -59,18 +95,9 @@ class Dense:
         """Return the squared norms, shape (B,)."""
         return _square_each(self.grad)
 
-    def examples(self, some: slice) -> Dense:
-        """Keep some examples."""
-        return Dense(self.grad[some])
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return len(self.grad)
-
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(Form):
     """Per-example gradients Σ_t left_t ⊗ right_t of a weight viewed as (groups, L, R).
 
     Attributes:
@@ -93,17 +120,8 @@ class Outer:
         """Materialise: shape (B, *shape)."""
         return (self.left.mT @ self.right).reshape(-1, *shape)
 
-    def examples(self, some: slice) -> Outer:
-        """Keep some examples."""
-        return Outer(self.left[some], self.right[some])
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return len(self.left)
-
     def compact(self, shape: torch.Size) -> Outer | Dense:
-        """Return the smaller of both forms, for one that must wait for others."""
+        """Return the smaller of both forms."""
         if self.left.shape[2] * (self.left.shape[3] + self.right.shape[3]) > self.left.shape[3] * self.right.shape[3]:
             return Dense(self.dense(shape))
         return self
@@ -153,7 +171,7 @@ def gram_is_cheaper(length: int, left: int, right: int, *, with_along: bool = Fa
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Form):
     """Per-example gradients Σ_t e_(index_t) ⊗ values_t of a table: only the rows that were looked up.
 
     Attributes:
@@ -172,15 +190,6 @@ class Rows:
         """Materialise: shape (B, *shape)."""
         index = self.index.unsqueeze(-1).expand_as(self.values)
         return self.values.new_zeros(len(self.index), *shape).scatter_add_(1, index, self.values)
-
-    def examples(self, some: slice) -> Rows:
-        """Keep some examples."""
-        return Rows(self.index[some], self.values[some])
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return len(self.index)
 
     def distinct(self) -> Rows:
         """Add the values of repeated rows; shapes stay, unused places are zero.
@@ -206,15 +215,6 @@ class Rows:
         return (picked * (right @ self.values.mT)).sum((1, 2))
 
 
-Form = Dense | Outer | Rows
-"""Per-example gradients of one parameter, in the form that its layer knows them."""
-
-
-def waiting(form: Form, shape: torch.Size) -> Form:
-    """Return a form fit to be kept until the other uses of its parameter arrive."""
-    return form.compact(shape) if isinstance(form, Outer) else form
-
-
 def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
     """Add several uses of one parameter, as far as their forms allow without materialising."""
     outers = [form for form in forms if isinstance(form, Outer)]
@@ -222,7 +222,7 @@ def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
     if len(forms) == 1:
         return list(forms)
     if len(outers) + len(rows) < len(forms) or (rows and outers and outers[0].left.shape[1] > 1):
-        return [Dense(_add_dense(forms, shape))]
+        return [Dense(add_dense(forms, shape))]
     added: list[Form] = []
     if outers:
         added.append(Outer(torch.cat([f.left for f in outers], 2), torch.cat([f.right for f in outers], 2)))
@@ -246,7 +246,8 @@ def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     return total
 
 
-def _add_dense(forms: Sequence[Form], shape: torch.Size) -> Tensor:
+def add_dense(forms: Sequence[Form], shape: torch.Size) -> Tensor:
+    """Materialise the sum of several uses, shape (B, *shape)."""
     total = forms[0].dense(shape)
     for form in forms[1:]:
         total = total + form.dense(shape)
@@ -257,7 +258,7 @@ def dense_chunks(forms: Sequence[Form], shape: torch.Size) -> Iterator[Tensor]:
     """Materialise the sum of several uses for a few examples after the other, each (some of B, *shape)."""
     some = max(1, _CHUNK // max(1, shape.numel()))
     for start in range(0, forms[0].batch_size, some):
-        yield _add_dense([form.examples(slice(start, start + some)) for form in forms], shape)
+        yield add_dense([form.examples(slice(start, start + some)) for form in forms], shape)
 
 
 def preconditioned_sq_norms(forms: Sequence[Form], shape: torch.Size, denominator: Tensor) -> Tensor:
@@ -276,8 +277,3 @@ def preconditioned_sq_norms(forms: Sequence[Form], shape: torch.Size, denominato
         rows = added[0].distinct()
         return (rows.values / denominator.to(rows.values.dtype)[rows.index]).square().sum((1, 2))
     return torch.cat([_square_each(g / denominator.to(g.dtype)) for g in dense_chunks(added, shape)])
-
-
-def dense_sum(forms: Sequence[Form], shape: torch.Size) -> Tensor:
-    """Materialise the sum of several uses, shape (B, *shape)."""
-    return _add_dense(forms, shape)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_forms, dense_chunks, dense_sum
+from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_dense, add_forms, dense_chunks
 from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
-from lightning_wn.weight_norm.core.torch_weight_norm import is_legacy_hook
+from lightning_wn.weight_norm.core.torch_weight_norm import legacy_hooks, legacy_parts
 
 
 @dataclass(frozen=True)
-class WeightNormed:
+class NormalizedWeight:
     """How one weight is made of g and v.
 
     Attributes:
@@ -51,7 +51,7 @@ class WeightNormed:
             forms: The gradient by w of each use of the weight.
             shape: The shape of the weight.
         """
-        ratio, unit = self._ratio_and_unit(_dtype(forms[0]))
+        ratio, unit = self._ratio_and_unit(forms[0].dtype)
         row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio.square(), self)
         along_sq = along.square()
         # rounding can make the difference of a gradient along v̂ negative
@@ -69,7 +69,7 @@ class WeightNormed:
             gain: What to divide the gradient by g by, of its shape; None where g is not measured.
             direction: The same for v.
         """
-        ratio, unit = self._ratio_and_unit(_dtype(forms[0]))
+        ratio, unit = self._ratio_and_unit(forms[0].dtype)
         chunks: list[Tensor] = []
         for grad in dense_chunks(add_forms(forms, shape), shape):
             by_unit = torch.vmap(self.units)(grad).flatten(2)
@@ -93,14 +93,8 @@ class WeightNormed:
         return self.gain.detach().to(dtype).flatten() / norm, unit
 
 
-def _dtype(form: Form) -> torch.dtype:
-    if isinstance(form, Outer):
-        return form.left.dtype
-    return form.values.dtype if isinstance(form, Rows) else form.grad.dtype
-
-
 def _by_unit(
-    forms: Sequence[Form], shape: torch.Size, unit: Tensor, ratio_sq: Tensor, weight: WeightNormed
+    forms: Sequence[Form], shape: torch.Size, unit: Tensor, ratio_sq: Tensor, weight: NormalizedWeight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row² and along, each (B, units), and g²/‖v‖² of the same units."""
     if weight.leading and len(forms) == 1:
@@ -112,46 +106,40 @@ def _by_unit(
             rows = form.distinct()
             along = (rows.values * unit[rows.index]).sum(2)
             return rows.values.square().sum(2), along, ratio_sq[rows.index]
-    grad = dense_sum(forms, shape)
+    grad = add_dense(forms, shape)
     by_unit = torch.vmap(weight.units)(grad).flatten(2)
     return by_unit.square().sum(2), (by_unit * unit).sum(2), ratio_sq
 
 
-def weight_norm_of(module: nn.Module) -> WeightNormed | None:
+def normalized_weight_of(module: nn.Module) -> NormalizedWeight | None:
     """Find g and v if the module's ``weight`` is weight-normalized, in any spelling, and nothing else is done to it."""
-    parametrized: Any = getattr(module, "parametrizations", None)
-    if parametrized is not None and list(parametrized) == ["weight"] and len(parametrized.weight) == 1:
-        chain = parametrized.weight
+    chains: Any = getattr(module, "parametrizations", {})
+    if list(chains) == ["weight"] and len(chains["weight"]) == 1:
+        chain = chains["weight"]
         step = chain[0]
         if type(step) is WeightNorm:
             return _of_this_package(chain.original0, chain.original1, step)
         if type(step) is parametrizations._WeightNorm:
             return _of_torch(chain.original0, chain.original1, step.dim)
-    for hook in module._forward_pre_hooks.values():
-        if is_legacy_hook(hook) and hook.name == "weight":  # type: ignore[attr-defined]  # torch's WeightNorm
-            g, v = module.weight_g, module.weight_v
-            return _of_torch(g, v, hook.dim)  # type: ignore[attr-defined, arg-type]  # where its hook puts them
-    return None
+    hook = legacy_hooks(module).get("weight")
+    return None if hook is None else _of_torch(*legacy_parts(module, "weight"), hook.dim)
 
 
-def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNorm) -> WeightNormed:
+def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNorm) -> NormalizedWeight:
     layout = step.layout
-    return WeightNormed(
+    return NormalizedWeight(
         gain,
         direction,
         units=lambda weight: layout.by_unit(weight).flatten(0, layout.leading - 1),
         norm=lambda weight: unit_norm(weight, layout),
-        leading=not (layout.transposed or layout.per_tensor),
+        leading=layout.in_rows,
     )
 
 
-def _of_torch(gain: nn.Parameter, direction: nn.Parameter, dim: int | None) -> WeightNormed:
-    if dim is None or dim == -1:
-        # torch takes -1 for "no dimension": the whole weight is one unit
-        return WeightNormed(
-            gain, direction, lambda weight: weight.unsqueeze(0), lambda weight: weight.norm(), leading=False
-        )
-    return WeightNormed(
+def _of_torch(gain: nn.Parameter, direction: nn.Parameter, dim: int | None) -> NormalizedWeight:
+    if dim is None or dim == -1:  # torch takes -1 for "no dimension": the whole weight is one unit
+        return NormalizedWeight(gain, direction, lambda weight: weight.unsqueeze(0), Tensor.norm, leading=False)
+    return NormalizedWeight(
         gain,
         direction,
         units=lambda weight: weight.movedim(dim, 0),

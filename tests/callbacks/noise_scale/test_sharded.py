@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TORCHS = "DefaultReduceScatter"
-OURS = "_TappedReduceScatter"
+OURS = "TappedReduceScatter"
 
 
 def run(tmp_path_factory, ranks: int) -> list[dict[str, Any]]:
