@@ -1,4 +1,4 @@
-"""Whether an optimizer is like SGD or like Adam, which says how its learning rate goes with the batch size."""
+"""How the learning rate goes with the batch size, and whether an optimizer is like SGD or like Adam."""
 
 from __future__ import annotations
 
@@ -38,32 +38,6 @@ def optimizer_family(optimizer: Optimizer) -> OptimizerFamily | None:
     return "adam" if any("exp_avg_sq" in state for state in optimizer.state.values()) else None
 
 
-def sgd_learning_rate_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the factor on SGD's learning rate from batch size ``old`` to ``new``.
-
-    The optimal step is ε(B) = ε_max / (1 + B_crit/B) (arXiv 1812.06162, section 2.2): proportional to B
-    far below the critical batch size, constant far above it. So it grows as the steps shrink.
-
-    Example:
-        >>> sgd_learning_rate_factor(32, 128, 128)
-        2.5
-    """
-    return 1.0 / steps_factor(old, new, critical_batch_size)
-
-
-def adam_learning_rate_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the factor on an Adam-like optimizer's learning rate: the square root of SGD's.
-
-    Adam divides by the root of the second moment, which noise dominates at small batches: the
-    square-root rule.
-
-    Example:
-        >>> round(adam_learning_rate_factor(32, 128, 128), 2)
-        1.58
-    """
-    return math.sqrt(sgd_learning_rate_factor(old, new, critical_batch_size))
-
-
 LearningRateRule = Literal["sqrt", "linear", "sgd", "adam", "none"]
 
 
@@ -71,9 +45,10 @@ def learning_rate_factor(rule: LearningRateRule, old: float, new: float, noise_s
     """Return the factor on the learning rate from batch size ``old`` to ``new``.
 
     Args:
-        rule: ``"sqrt"``: the root of the ratio of batch sizes. ``"linear"``: the ratio. ``"sgd"`` and ``"adam"``: by
-            the noise scale (arXiv 1812.06162, section 2.2), which is linear (the root) far below it and 1 far above
-            it. ``"none"``: 1.
+        rule: ``"sqrt"``: the root of the ratio of batch sizes. ``"linear"``: the ratio. ``"sgd"``: by the
+            noise scale N, as the optimal step ε(B) = ε_max / (1 + N/B) (arXiv 1812.06162, section 2.2): linear far
+            below N and 1 far above it, so that it grows as the steps shrink. ``"adam"``: the root of that, as Adam
+            divides by the root of the second moment, which noise dominates at small batches. ``"none"``: 1.
         old: The batch size that the learning rate was chosen for.
         new: Another one, in the same unit.
         noise_scale: The noise scale in that unit, for ``"sgd"`` and ``"adam"``.
@@ -82,10 +57,9 @@ def learning_rate_factor(rule: LearningRateRule, old: float, new: float, noise_s
         >>> [learning_rate_factor(rule, 32, 128, 128) for rule in ("sqrt", "linear", "sgd", "none")]
         [2.0, 4.0, 2.5, 1.0]
     """
-    if rule == "sgd":
-        return sgd_learning_rate_factor(old, new, noise_scale)
-    if rule == "adam":
-        return adam_learning_rate_factor(old, new, noise_scale)
+    if needs_noise_scale(rule):
+        linear = 1.0 / steps_factor(old, new, noise_scale)
+        return linear if rule == "sgd" else math.sqrt(linear)
     power = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[rule]
     return float((new / old) ** power)
 
