@@ -54,18 +54,10 @@ def make_candidate(
     num_ranks: int,
     price_per_device_hour: float | None = None,
 ) -> Candidate:
-    """Work out what a batch size takes.
+    """Work out what a batch size takes, with a finite noise scale.
 
     Times rest on two assumptions: a micro-batch takes as long as now, and so does what happens once in an optimizer
     step. On more ranks that is perfect data parallelism, with communication as cheap as now.
-
-    Args:
-        estimate: A finite noise scale with its interval, and the present batch size.
-        present: The run that was measured.
-        run: What was seen of it.
-        batch_size: The batch size, in the estimate's unit.
-        num_ranks: Ranks that share it.
-        price_per_device_hour: In any currency.
     """
     old, now = estimate.batch_size, present.accumulate_grad_batches
     ends = estimate.noise_scale, estimate.lower, estimate.upper
@@ -119,16 +111,8 @@ def candidate_columns(
 ) -> list[tuple[str, list[str]]]:
     """Return name and cells of each column of a table with a batch size a row, for text and for HTML.
 
-    Steps and examples are over those of now, times come where they are known, and the last column, which has no
-    name, remarks on the batch size of now and the suggested one.
-
-    Args:
-        candidates: By accumulation.
-        more_ranks: The same batch sizes on more ranks, as far as there are any.
-        present: The batch size of now.
-        suggested: The batch size that is suggested.
-        unit: What is counted.
-        intervals: Whether steps and examples are written with their intervals.
+    Steps and examples are over those of now, with their intervals if asked for; times come where they are known. The
+    last column, which has no name, remarks on the batch size of now and the suggested one.
     """
     on_ranks = {c.batch_size: f"{c.num_ranks}: {format_hours(c.hours.value)}" for c in more_ranks if c.hours}
     rows = [

@@ -21,12 +21,8 @@ def doubts_about(
 ) -> tuple[str, ...]:
     """Return one sentence for each reason to distrust a suggestion; none is a good sign.
 
-    Args:
-        estimate: The estimate behind it.
-        run: What was seen of the run.
-        suggested: The suggested batch size, in the estimate's unit.
-        units_per_epoch: What an epoch holds, in the same unit; infinite where it has no end,
-            NaN where nobody knows.
+    The suggested batch size is in the estimate's unit, and so is what an epoch holds: infinite where it has no end, NaN
+    where nobody knows.
     """
     reasons = []
     if not estimate.is_resolved:

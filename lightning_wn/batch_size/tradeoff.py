@@ -2,7 +2,7 @@
 
 McCandlish et al., arXiv 1812.06162, section 2.3: training to the same loss with batch size B takes
 S = S_min (1 + B_crit/B) optimizer steps and E = E_min (1 + B/B_crit) examples. The noise scale predicts
-B_crit, where both cost twice their minimum.
+B_crit, where both cost twice their minimum. B is positive, and B_crit, in the same unit, from 0 to infinity.
 """
 
 from __future__ import annotations
@@ -86,10 +86,6 @@ def efficiency(batch_size: float, critical_batch_size: float) -> float:
 def steps_cost(batch_size: float, critical_batch_size: float) -> float:
     """Return S/S_min = 1 + B_crit/B, optimizer steps over the fewest possible.
 
-    Args:
-        batch_size: B, positive.
-        critical_batch_size: B_crit in the same unit, from 0 to infinity.
-
     Example:
         >>> steps_cost(32, 128)
         5.0
@@ -99,10 +95,6 @@ def steps_cost(batch_size: float, critical_batch_size: float) -> float:
 
 def examples_cost(batch_size: float, critical_batch_size: float) -> float:
     """Return E/E_min = 1 + B/B_crit, examples over the fewest possible.
-
-    Args:
-        batch_size: B, positive.
-        critical_batch_size: B_crit in the same unit, from 0 to infinity.
 
     Example:
         >>> examples_cost(32, 128)
