@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
-from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.probes.micro_batch import MicroBatchProbe
+from lightning_wn.probes import MeasuredParameters, MicroBatchProbe
 
 MODES = ("plain", "probe", "floor")
 CLOCK = time.perf_counter

@@ -16,9 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_wn.noise_scale.batch_counting import BatchCount
-from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.probes.per_example import PerExampleProbe
+from lightning_wn.probes import BatchCount, MeasuredParameters, PerExampleProbe
 
 
 class LinearAttention(nn.Module):

@@ -23,8 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.probes.sharded import ShardedProbe
+from lightning_wn.probes import MeasuredParameters, ShardedProbe
 
 
 class TimedProbe(ShardedProbe):

@@ -12,8 +12,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from lightning_wn.noise_scale.statistics import solve_noise_scale
-
 
 def per_example_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -30,7 +28,9 @@ def variances(gradients: Tensor, size: int, count: int, windows: int = 3000) -> 
         samples = gradients[order].mean(1)
         norms, mean = samples.square().sum(1), float(samples.mean(0).square().sum())
         for every, small in ((True, float(norms.mean())), (False, float(norms[0]))):
-            pairs[every].append(solve_noise_scale(small, mean, 1 / size, 1 / (size * count)))
+            # the mean norms are |G|² + tr(Σ) / size and |G|² + tr(Σ) / (size * count)
+            noise = (small - mean) / (1 - 1 / count)
+            pairs[every].append((small - noise, size * noise))
     every, first = (torch.tensor(pairs[kind], dtype=torch.float64).var(0).tolist() for kind in (True, False))
     return every, first
 

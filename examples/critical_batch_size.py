@@ -33,10 +33,8 @@ import torch
 from matplotlib import pyplot as plt
 from twelve_tasks import CONTROLS, TASKS, Classifier, Task, images, loader
 
-from lightning_wn import GradientNoiseScaleCallback, measure_critical_batch_size
-from lightning_wn.critical_batch_size.analysis import fit_tradeoff, mean_noise_scale
-from lightning_wn.critical_batch_size.branch import Branch
-from lightning_wn.critical_batch_size.result import CriticalBatchSizeMeasurement, MeasuredBatchSize
+from lightning_wn import CriticalBatchSizeMeasurement, GradientNoiseScaleCallback, measure_critical_batch_size
+from lightning_wn.critical_batch_size import Branch, MeasuredBatchSize, fit_tradeoff, mean_noise_scale
 
 # the images lie in memory: worker processes would only cost time
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -18,8 +18,7 @@ from digits import Digits, DigitsCNN
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_wn import GradientNoiseScaleCallback, WeightNormCallback
-from lightning_wn.reports.history import read_csv_history
-from lightning_wn.reports.noise_scale_figure import plot_noise_scale
+from lightning_wn.reports import plot_noise_scale, read_csv_history
 
 # the images lie in memory: worker processes would only cost time
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_wn.batch_size.run import ObservedRun
+from lightning_wn.batch_size.run import ObservedRun, RunConfiguration
 from lightning_wn.batch_size.tradeoff import Factor, carry_interval, efficiency, examples_factor, steps_factor
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.text import format_count, text_table
 
 _MULTIPLES = (0.25, 0.5, 1, 2, 4, 8, 16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfiguration:
-    """What makes up the batch size of a run.
-
-    Attributes:
-        accumulate_grad_batches: Micro-batches per optimizer step on each rank; None where it is not known, as in
-            logs, so that only whole batch sizes can be spoken of.
-        num_ranks: Data-parallel ranks.
-    """
-
-    accumulate_grad_batches: int | None = 1
-    num_ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,56 +51,32 @@ def make_candidate(
     run: ObservedRun,
     *,
     batch_size: float,
-    num_ranks: int | None = None,
+    num_ranks: int,
     price_per_device_hour: float | None = None,
 ) -> Candidate:
-    """Work out what a batch size takes.
+    """Work out what a batch size takes, with a finite noise scale.
 
     Times rest on two assumptions: a micro-batch takes as long as now, and so does what happens once in an optimizer
     step. On more ranks that is perfect data parallelism, with communication as cheap as now.
-
-    Args:
-        estimate: A finite noise scale with its interval, and the present batch size.
-        present: The run that was measured.
-        run: What was seen of it.
-        batch_size: The batch size, in the estimate's unit.
-        num_ranks: Ranks that share it; those of now by default.
-        price_per_device_hour: In any currency.
-
-    Example:
-        >>> from lightning_wn.callbacks.noise_scale.run_timer import RunTime
-        >>> estimate = NoiseScaleEstimate(
-        ...     grad_sq_norm=0.05, cov_trace=6.4, noise_scale=128.0, lower=110.0, upper=150.0, batch_size=32.0,
-        ...     num_measurements=400, coverage=1.0, unit="examples", probe="micro_batch", confidence=0.95)
-        >>> time = RunTime(micro_batch_seconds=0.9, step_seconds=1.8, num_steps=100)
-        >>> run = ObservedRun(num_steps=1000, time=time)  # 3.6 seconds a step, one hour in all
-        >>> candidate = make_candidate(estimate, RunConfiguration(accumulate_grad_batches=2), run, batch_size=128)
-        >>> candidate.accumulate_grad_batches, candidate.steps.value, candidate.hours.value
-        (8, 0.4, 1.0)
     """
-    old = estimate.batch_size
-    ranks = num_ranks or present.num_ranks
-    accumulate = None
-    if present.accumulate_grad_batches is not None:
-        accumulate = round(batch_size / old * present.accumulate_grad_batches * present.num_ranks / ranks)
+    old, now = estimate.batch_size, present.accumulate_grad_batches
     ends = estimate.noise_scale, estimate.lower, estimate.upper
     steps = carry_interval(lambda critical: steps_factor(old, batch_size, critical), *ends)
     share = carry_interval(lambda critical: efficiency(batch_size, critical), *ends)
-    time = hours = device_hours = goodput = None
-    if run.time is not None and accumulate is not None and present.accumulate_grad_batches is not None:
-        seconds, now = run.time.seconds(accumulate), run.time.seconds(present.accumulate_grad_batches)
-        time = steps.scaled(seconds / now)
-        goodput = share.value * batch_size / seconds
-        if run.total_steps:
-            hours = time.scaled(run.total_steps * now / 3600.0)
-            device_hours = hours.scaled(ranks)
-    cost = None
-    if device_hours is not None and price_per_device_hour is not None:
-        cost = device_hours.scaled(price_per_device_hour)
+    accumulate = time = hours = device_hours = goodput = None
+    if now is not None:
+        accumulate = round(batch_size / old * now * present.num_ranks / num_ranks)
+        if run.time is not None:
+            seconds, present_seconds = run.time.seconds(accumulate), run.time.seconds(now)
+            time = steps.scaled(seconds / present_seconds)
+            goodput = share.value * batch_size / seconds
+            if run.total_steps:
+                hours = time.scaled(run.total_steps * present_seconds / 3600.0)
+                device_hours = hours.scaled(num_ranks)
     return Candidate(
         batch_size=batch_size,
         accumulate_grad_batches=accumulate,
-        num_ranks=ranks,
+        num_ranks=num_ranks,
         steps=steps,
         examples=carry_interval(lambda critical: examples_factor(old, batch_size, critical), *ends),
         efficiency=share,
@@ -123,61 +84,62 @@ def make_candidate(
         time=time,
         hours=hours,
         device_hours=device_hours,
-        cost=cost,
+        cost=device_hours.scaled(price_per_device_hour) if device_hours and price_per_device_hour else None,
     )
 
 
-def reachable_sizes(estimate: NoiseScaleEstimate, present: RunConfiguration, others: Iterable[float]) -> list[float]:
-    """Return a quarter to 16 times the present batch size as far as accumulation reaches, with others, in order.
+def reachable_sizes(batch_size: float, accumulate_grad_batches: int | None, suggested: float) -> list[float]:
+    """Return a quarter to 16 times a batch size as far as accumulation reaches, with the suggested one, in order.
 
     Example:
-        >>> estimate = NoiseScaleEstimate(
-        ...     grad_sq_norm=0.05, cov_trace=6.4, noise_scale=128.0, lower=110.0, upper=150.0, batch_size=32.0,
-        ...     num_measurements=400, coverage=1.0, unit="examples", probe="micro_batch", confidence=0.95)
-        >>> reachable_sizes(estimate, RunConfiguration(accumulate_grad_batches=2), [128, 96])
-        [16.0, 32.0, 64.0, 96, 128.0, 256.0, 512.0]
+        >>> reachable_sizes(32.0, 2, 96.0)
+        [16.0, 32.0, 64.0, 96.0, 128.0, 256.0, 512.0]
     """
-    accumulate = present.accumulate_grad_batches
+    accumulate = accumulate_grad_batches
     multiples = [m for m in _MULTIPLES if accumulate is None or float(m * accumulate).is_integer()]
-    sizes = {m * estimate.batch_size for m in multiples} | {size for size in others if math.isfinite(size)}
-    return sorted(sizes)
+    return sorted({m * batch_size for m in multiples} | {suggested})
 
 
-def candidate_table(
-    candidates: Sequence[Candidate], more_ranks: Sequence[Candidate], *, present: float, suggested: float, unit: str
-) -> list[str]:
-    """Return the lines of a table: a batch size a row, steps and examples over those of now, and times where known.
+def candidate_columns(
+    candidates: Sequence[Candidate],
+    more_ranks: Sequence[Candidate],
+    *,
+    present: float,
+    suggested: float,
+    unit: str,
+    intervals: bool = False,
+) -> list[tuple[str, list[str]]]:
+    """Return name and cells of each column of a table with a batch size a row, for text and for HTML.
 
-    Args:
-        candidates: By accumulation.
-        more_ranks: The same batch sizes on more ranks, as far as there are any.
-        present: The batch size of now.
-        suggested: The batch size that is suggested.
-        unit: What is counted.
+    Steps and examples are over those of now, with their intervals if asked for; times come where they are known. The
+    last column, which has no name, remarks on the batch size of now and the suggested one.
     """
-    if not candidates:
-        return []
-    by_ranks = {candidate.batch_size: candidate for candidate in more_ranks if candidate.hours is not None}
-    columns = [("batch size", [format_count(c.batch_size) for c in candidates])]
-    if any(c.accumulate_grad_batches is not None for c in candidates):
-        columns.append(("accumulate", [str(c.accumulate_grad_batches) for c in candidates]))
-    columns += [
-        ("steps", [f"x{c.steps.value:.2g}" for c in candidates]),
-        (unit, [f"x{c.examples.value:.2g}" for c in candidates]),
-        ("efficiency", [f"{c.efficiency.value:.0%}" for c in candidates]),
+    on_ranks = {c.batch_size: f"{c.num_ranks}: {format_hours(c.hours.value)}" for c in more_ranks if c.hours}
+    rows = [
+        [
+            ("batch size", format_count(c.batch_size)),
+            ("accumulate", c.accumulate_grad_batches and str(c.accumulate_grad_batches)),
+            ("steps", _times(c.steps, interval=intervals)),
+            (unit, _times(c.examples, interval=intervals)),
+            ("efficiency", f"{c.efficiency.value:.0%}"),
+            ("time", format_hours(c.hours.value) if c.hours else c.time and _times(c.time)),
+            ("device-hours", c.device_hours and f"{c.device_hours.value:.3g}"),
+            ("cost", c.cost and f"{c.cost.value:,.2f}"),
+            ("or on ranks", on_ranks.get(c.batch_size, "") if on_ranks else None),
+            ("", " and ".join(n for n, s in (("now", present), ("suggested", suggested)) if s == c.batch_size)),
+        ]
+        for c in candidates
     ]
-    if all(c.hours is not None for c in candidates):
-        columns.append(("time", [format_hours(c.hours.value) for c in candidates if c.hours is not None]))
-    elif all(c.time is not None for c in candidates):
-        columns.append(("time", [f"x{c.time.value:.2g}" for c in candidates if c.time is not None]))
-    if all(c.device_hours is not None for c in candidates):
-        columns.append(("device-hours", [f"{c.device_hours.value:.3g}" for c in candidates if c.device_hours]))
-    if all(c.cost is not None for c in candidates):
-        columns.append(("cost", [f"{c.cost.value:,.2f}" for c in candidates if c.cost is not None]))
-    if by_ranks:
-        columns.append(("or on ranks", [_on_ranks(by_ranks.get(c.batch_size)) for c in candidates]))
-    remarks = ["", *(_remark(c.batch_size, present, suggested) for c in candidates)]
-    return [f"{line}  {remark}".rstrip() for line, remark in zip(text_table(columns), remarks, strict=True)]
+    columns = [(column[0][0], [cell for _, cell in column if cell is not None]) for column in zip(*rows, strict=True)]
+    return [(name, cells) for name, cells in columns if cells]
+
+
+def candidate_table(columns: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return the lines of the table of :func:`candidate_columns`, with an arrow before each remark."""
+    if not columns:
+        return []
+    remarks = ["", *(remark and f"  <- {remark}" for remark in columns[-1][1])]
+    return [f"{line}{remark}".rstrip() for line, remark in zip(text_table(columns[:-1]), remarks, strict=True)]
 
 
 def format_hours(hours: float) -> str:
@@ -194,12 +156,6 @@ def format_hours(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} d"
 
 
-def _on_ranks(candidate: Candidate | None) -> str:
-    if candidate is None or candidate.hours is None:
-        return ""
-    return f"{candidate.num_ranks}: {format_hours(candidate.hours.value)}"
-
-
-def _remark(size: float, present: float, suggested: float) -> str:
-    names = [name for name, other in (("now", present), ("suggested", suggested)) if size == other]
-    return f"<- {' and '.join(names)}" if names else ""
+def _times(factor: Factor, *, interval: bool = False) -> str:
+    """Write a factor, with its interval where it has one and that is wanted."""
+    return str(factor) if interval and factor.lower < factor.upper else f"x{factor.value:.2g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lightning_wn.batch_size.advice_text import at_least
 from lightning_wn.batch_size.precision import decay_for, measurements_for, relative_half_width
 from lightning_wn.batch_size.run import ObservedRun
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
@@ -20,19 +21,15 @@ def doubts_about(
 ) -> tuple[str, ...]:
     """Return one sentence for each reason to distrust a suggestion; none is a good sign.
 
-    Args:
-        estimate: The estimate behind it.
-        run: What was seen of the run.
-        suggested: The suggested batch size, in the estimate's unit.
-        units_per_epoch: What an epoch holds, in the same unit; infinite where it has no end.
+    The suggested batch size is in the estimate's unit, and so is what an epoch holds: infinite where it has no end, NaN
+    where nobody knows.
     """
     reasons = []
     if not estimate.is_resolved:
         reasons.append(
             "Not sure yet: |G|² cannot be told from zero, so the noise scale may be far larger; measure more."
+            + at_least(estimate)
         )
-        if 0.0 < estimate.lower < math.inf:
-            reasons[-1] += f" The noise scale is probably above {format_count(estimate.lower)} {estimate.unit}."
     elif suggested >= 8 * estimate.batch_size:
         reasons.append("That is far from where it was measured: go part of the way and measure again.")
     elif suggested != estimate.batch_size and estimate.upper > 2.0 * estimate.lower:

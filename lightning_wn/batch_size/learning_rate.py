@@ -39,45 +39,35 @@ def optimizer_family(optimizer: Optimizer) -> OptimizerFamily | None:
     return "adam" if any("exp_avg_sq" in state for state in optimizer.state.values()) else None
 
 
-def sgd_learning_rate_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the factor on SGD's learning rate from batch size ``old`` to ``new``.
-
-    The optimal step is ε(B) = ε_max / (1 + B_crit/B) (arXiv 1812.06162, section 2.2): proportional to B
-    far below the critical batch size, constant far above it. So it grows as the steps shrink.
-
-    Example:
-        >>> sgd_learning_rate_factor(32, 128, 128)
-        2.5
-    """
-    return 1.0 / steps_factor(old, new, critical_batch_size)
-
-
-def adam_learning_rate_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the factor on an Adam-like optimizer's learning rate: the square root of SGD's.
-
-    Adam divides by the root of the second moment, which noise dominates at small batches: the
-    square-root rule.
-
-    Example:
-        >>> round(adam_learning_rate_factor(32, 128, 128), 2)
-        1.58
-    """
-    return math.sqrt(sgd_learning_rate_factor(old, new, critical_batch_size))
-
-
 LearningRateRule = Literal["sqrt", "linear", "sgd", "adam", "none"]
 BY_NOISE_SCALE = frozenset({"sgd", "adam"})
 """The rules that go by the noise scale."""
 LEARNING_RATE_RULES: dict[str, Callable[[float, float, float], float]] = {
     "sqrt": lambda old, new, noise_scale: math.sqrt(new / old),
     "linear": lambda old, new, noise_scale: new / old,
-    "sgd": sgd_learning_rate_factor,
-    "adam": adam_learning_rate_factor,
+    "sgd": lambda old, new, noise_scale: 1.0 / steps_factor(old, new, noise_scale),
+    "adam": lambda old, new, noise_scale: math.sqrt(1.0 / steps_factor(old, new, noise_scale)),
     "none": lambda old, new, noise_scale: 1.0,
 }
-"""From the batch size that the learning rate was chosen for, another one and the noise scale, in one unit, to the
-factor on the learning rate. ``"sgd"`` is linear far below the noise scale, ``"adam"`` the root; both are 1 far above.
-"""
+
+
+def learning_rate_factor(rule: LearningRateRule, old: float, new: float, noise_scale: float) -> float:
+    """Return the factor on the learning rate from batch size ``old`` to ``new``.
+
+    Args:
+        rule: ``"sqrt"``: the root of the ratio of batch sizes. ``"linear"``: the ratio. ``"sgd"``: by the
+            noise scale N, as the optimal step ε(B) = ε_max / (1 + N/B) (arXiv 1812.06162, section 2.2): linear far
+            below N and 1 far above it, so that it grows as the steps shrink. ``"adam"``: the root of that, as Adam
+            divides by the root of the second moment, which noise dominates at small batches. ``"none"``: 1.
+        old: The batch size that the learning rate was chosen for.
+        new: Another one, in the same unit.
+        noise_scale: The noise scale in that unit, for ``"sgd"`` and ``"adam"``.
+
+    Example:
+        >>> [learning_rate_factor(rule, 32, 128, 128) for rule in ("sqrt", "linear", "sgd", "none")]
+        [2.0, 4.0, 2.5, 1.0]
+    """
+    return LEARNING_RATE_RULES[rule](old, new, noise_scale)
 
 
 def check_learning_rate_rule(rule: str) -> None:

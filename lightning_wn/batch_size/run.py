@@ -1,4 +1,4 @@
-"""What the callback saw of a run, beside its gradients."""
+"""What makes up the batch size of a run, and what else advice can use of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,35 @@ import math
 from dataclasses import dataclass
 
 from lightning_wn.batch_size.learning_rate import OptimizerFamily
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfiguration:
+    """What makes up the batch size of a run.
+
+    Attributes:
+        accumulate_grad_batches: Micro-batches per optimizer step on each rank; None where it is not known, as in
+            logs, so that only whole batch sizes can be spoken of.
+        num_ranks: Data-parallel ranks.
+    """
+
+    accumulate_grad_batches: int | None = 1
+    num_ranks: int = 1
+
+    def smallest_of(self, batch_size: float) -> float:
+        """Return what one micro-batch on every rank holds of the run's batch size; NaN where that is not known."""
+        return batch_size / (self.accumulate_grad_batches or math.nan)
+
+    def ranks_for(self, ratio: float) -> int:
+        """Return the ranks that give so many times the batch size with as much accumulation; 0 where none do.
+
+        Example:
+            >>> configuration = RunConfiguration(accumulate_grad_batches=4, num_ranks=2)
+            >>> configuration.ranks_for(1.5), configuration.ranks_for(1.6)
+            (3, 0)
+        """
+        ranks = ratio * self.num_ranks
+        return int(ranks) if ranks.is_integer() and self.accumulate_grad_batches else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 McCandlish et al., arXiv 1812.06162, section 2.3: training to the same loss with batch size B takes
 S = S_min (1 + B_crit/B) optimizer steps and E = E_min (1 + B/B_crit) examples. The noise scale predicts
-B_crit, where both cost twice their minimum.
+B_crit, where both cost twice their minimum. B is positive, and B_crit, in the same unit, from 0 to infinity.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from lightning_wn.arguments import is_between
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,15 @@ class Factor:
     def scaled(self, factor: float) -> Factor:
         """Return all three times a positive number."""
         return Factor(self.value * factor, self.lower * factor, self.upper * factor)
+
+    def __str__(self) -> str:
+        """Write it for people, with its interval.
+
+        Example:
+            >>> print(Factor(0.4, 0.25, 0.625))
+            x0.4 (0.25 to 0.62)
+        """
+        return f"x{self.value:.2g} ({self.lower:.2g} to {self.upper:.2g})"
 
 
 def carry_interval(rule: Callable[[float], float], noise_scale: float, lower: float, upper: float) -> Factor:
@@ -51,30 +62,9 @@ def carry_interval(rule: Callable[[float], float], noise_scale: float, lower: fl
     return Factor(rule(noise_scale), *ends)
 
 
-def target_within_examples(extra: float) -> float:
-    """Return the largest target θ that costs at most ``extra`` more examples than the fewest possible.
-
-    At B = θ·B_crit training takes E/E_min = 1 + θ examples and S/S_min = 1 + 1/θ steps, so θ is the extra itself.
-
-    Args:
-        extra: Share of the fewest possible examples, positive; 0.1 is 10 % more.
-
-    Raises:
-        ValueError: If ``extra`` is not a positive number.
-
-    Example:
-        >>> target = target_within_examples(0.1)
-        >>> examples_cost(target * 200, 200), steps_cost(target * 200, 200)
-        (1.1, 11.0)
-    """
-    if not 0 < extra < math.inf:
-        raise ValueError(f"`extra` must be a positive number, got {extra!r}; 0.1 allows 10 % more examples.")
-    return extra
-
-
 def check_target(target: float) -> None:
     """Raise ValueError unless the target θ is a positive number."""
-    if not 0 < target < math.inf:
+    if not is_between(target, 0.0):
         raise ValueError(
             f"`target` must be a positive number, got {target!r}; it is the wished batch size over the noise scale: "
             "1 costs twice the fewest examples, 0.1 costs 10 % more than the fewest."
@@ -96,10 +86,6 @@ def efficiency(batch_size: float, critical_batch_size: float) -> float:
 def steps_cost(batch_size: float, critical_batch_size: float) -> float:
     """Return S/S_min = 1 + B_crit/B, optimizer steps over the fewest possible.
 
-    Args:
-        batch_size: B, positive.
-        critical_batch_size: B_crit in the same unit, from 0 to infinity.
-
     Example:
         >>> steps_cost(32, 128)
         5.0
@@ -109,10 +95,6 @@ def steps_cost(batch_size: float, critical_batch_size: float) -> float:
 
 def examples_cost(batch_size: float, critical_batch_size: float) -> float:
     """Return E/E_min = 1 + B/B_crit, examples over the fewest possible.
-
-    Args:
-        batch_size: B, positive.
-        critical_batch_size: B_crit in the same unit, from 0 to infinity.
 
     Example:
         >>> examples_cost(32, 128)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_wn.batch_size.learning_rate import LEARNING_RATE_RULES
+from lightning_wn.batch_size.learning_rate import learning_rate_factor
 from lightning_wn.critical_batch_size.branch import Branch, BranchFiles, BranchPlan
 from lightning_wn.critical_batch_size.branch_trainer import BranchTrainer
 from lightning_wn.critical_batch_size.checks import (
@@ -173,7 +173,7 @@ def measure_critical_batch_size(
         monitor=monitor,
         ckpt_path=None if ckpt_path is None else str(Path(ckpt_path).expanduser()),
         weights_only=weights_only,
-        rate=lambda size: LEARNING_RATE_RULES[learning_rate](base, size, math.nan),
+        rate=lambda size: learning_rate_factor(learning_rate, base, size, math.nan),
         base_batch_size=base,
         batch_size_fn=batch_size_fn,
         trainer_kwargs=trainer_kwargs or {},

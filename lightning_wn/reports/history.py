@@ -6,7 +6,12 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from lightning_wn.text import some
+
+_Scalars: TypeAlias = dict[str, tuple[list[float], list[float]]]
+"""Steps and values by key."""
 
 
 def read_csv_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, list[float]]:
@@ -35,7 +40,7 @@ def read_csv_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, li
     path = Path(folder)
     if path.is_dir():
         path /= "metrics.csv"
-    return history_of(read_csv_scalars(path), prefix, path)
+    return _joined(_read_csv(path), prefix, path)
 
 
 def read_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, list[float]]:
@@ -53,39 +58,27 @@ def read_history(folder: str | Path, *, prefix: str = "gns") -> dict[str, list[f
         ModuleNotFoundError: If only TensorBoard has, and ``tensorboard`` is not installed.
         ValueError: If nothing was logged under the prefix, or several runs lie there.
     """
-    return history_of(read_scalars(folder), prefix, folder)
-
-
-def read_scalars(folder: str | Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Read everything that was logged in a folder of ``CSVLogger`` or ``TensorBoardLogger``: steps and values by key.
-
-    Args:
-        folder: As in :func:`read_history`.
-
-    Raises:
-        FileNotFoundError: If neither has written there.
-        ModuleNotFoundError: If only TensorBoard has, and ``tensorboard`` is not installed.
-        ValueError: If several runs lie there.
-    """
     root = Path(folder)
     if not root.exists():
         raise FileNotFoundError(f"There is no folder {root}; give the `log_dir` of a logger.")
     tables = [root] if root.is_file() else sorted(root.rglob("metrics.csv"))
-    if not tables:
-        return _read_tensorboard(root)
-    if len(tables) > 1:
-        raise ValueError(
-            f"{root} holds {len(tables)} runs; give the folder of one: {', '.join(str(t.parent) for t in tables[:5])}."
-        )
-    return read_csv_scalars(tables[0])
+    scalars = _read_csv(_only(tables, root)) if tables else _read_tensorboard(root)
+    return _joined(scalars, prefix, folder)
 
 
-def read_csv_scalars(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Read steps and values by key from a file of ``CSVLogger``; what is no number is left out."""
+def _only(runs: Sequence[Path], root: Path) -> Path:
+    if len(runs) > 1:
+        folders = some(run.parent if run.is_file() else run for run in runs)
+        raise ValueError(f"{root} holds {len(runs)} runs; give the folder of one: {folders}.")
+    return runs[0]
+
+
+def _read_csv(path: Path) -> _Scalars:
+    """Read a file of ``CSVLogger``; what is no number is left out."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         names = next(rows, [])
-        scalars: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names if name != "step"}
+        scalars: _Scalars = {name: ([], []) for name in names if name != "step"}
         if "step" not in names:
             return {}
         step_at = names.index("step")
@@ -103,15 +96,11 @@ def read_csv_scalars(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     return scalars
 
 
-def _read_tensorboard(root: Path) -> dict[str, tuple[list[float], list[float]]]:
+def _read_tensorboard(root: Path) -> _Scalars:
     folders = sorted({path.parent for path in root.rglob("events.out.tfevents.*")})
     if not folders:
         raise FileNotFoundError(
             f"{root} holds neither `metrics.csv` nor TensorBoard's event files; give the `log_dir` of a logger."
-        )
-    if len(folders) > 1:
-        raise ValueError(
-            f"{root} holds {len(folders)} runs; give the folder of one: {', '.join(map(str, folders[:5]))}."
         )
     try:
         from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - optional
@@ -121,8 +110,8 @@ def _read_tensorboard(root: Path) -> dict[str, tuple[list[float], list[float]]]:
         raise ModuleNotFoundError(
             "Reading TensorBoard's files needs tensorboard, which is not installed; run `pip install tensorboard`."
         ) from error
-    scalars: dict[str, tuple[list[float], list[float]]] = {}
-    for path in sorted(folders[0].glob("events.out.tfevents.*")):
+    scalars: _Scalars = {}
+    for path in sorted(_only(folders, root).glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 number = _number(value)
@@ -142,14 +131,8 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def history_of(
-    scalars: dict[str, tuple[list[float], list[float]]], prefix: str, folder: str | Path
-) -> dict[str, list[float]]:
-    """Join the series of a prefix by their steps; a value that a step lacks is NaN.
-
-    Raises:
-        ValueError: If there are none.
-    """
+def _joined(scalars: _Scalars, prefix: str, folder: str | Path) -> dict[str, list[float]]:
+    """Join the series of a prefix by their steps; a value that a step lacks is NaN."""
     keys = [key for key in scalars if key.startswith(f"{prefix}/")]
     if not keys:
         raise ValueError(

@@ -15,7 +15,7 @@ from lightning_wn.text import format_count
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUGGESTION_COLOR = "#009E73"  # the bluish green of the palette in noise_scale/plotting.py
+SUGGESTION_COLOR = "#009E73"  # the bluish green of the palette in noise_scale/drawing.py
 _CURVE_COLOR = "0.5"  # readable on white and on black
 _LARGEST_COST = 1000.0
 
@@ -34,7 +34,7 @@ def plot_noise_scale(
     Args:
         history: Logged values: ``"step"`` and ``"<prefix>/noise_scale"``, ``".../noise_scale_lower"``,
             ``".../noise_scale_upper"``, ``".../batch_size"``, equally long; as
-            :func:`~lightning_wn.reports.history.read_csv_history` returns them.
+            :func:`~lightning_wn.reports.read_csv_history` returns them.
         advice: What ``GradientNoiseScaleCallback.advise()`` or ``.estimate()`` returns; the latter draws no
             suggestion.
         prefix: Start of the logged keys.
@@ -46,27 +46,25 @@ def plot_noise_scale(
         ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
         ValueError: If ``history`` lacks a key or its series differ in length.
     """
-    series = noise_scale_series(history, prefix)
     estimate = advice.estimate if isinstance(advice, BatchSizeAdvice) else advice
     figure: Figure
     figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(11.5, 4.7), layout="constrained")
-    draw_noise_scale(left, *series, unit=estimate.unit)
+    draw_history(left, history, prefix=prefix, unit=estimate.unit)
     left.set_title(f"Gradient noise scale during training (band: {_level(estimate)})", fontsize=11)
-    left.set_xlabel("optimizer step")
-    left.set_ylabel(f"noise scale and batch size ({estimate.unit})")
-    suggested = advice.suggested_batch_size if isinstance(advice, BatchSizeAdvice) else math.nan
-    draw_tradeoff(right, estimate, suggested)
+    draw_tradeoff(right, estimate, advice.suggested_batch_size if isinstance(advice, BatchSizeAdvice) else math.nan)
     return figure
 
 
-def draw_tradeoff(ax: Any, estimate: NoiseScaleEstimate, suggested_batch_size: float = math.nan) -> None:
-    """Draw S/S_min against E/E_min with the present and the suggested batch size on the curve.
+def draw_history(ax: Any, history: Mapping[str, Sequence[float]], *, prefix: str, unit: str) -> None:
+    """Draw the noise scale with its interval over steps, and the batch size in use."""
+    names = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
+    draw_noise_scale(ax, *logged_series(history, prefix, names), unit=unit)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel(f"noise scale and batch size ({unit})")
 
-    Args:
-        ax: A matplotlib axis.
-        estimate: The noise scale with its interval, and the batch size in use.
-        suggested_batch_size: A second batch size to mark, in the estimate's unit; NaN for none.
-    """
+
+def draw_tradeoff(ax: Any, estimate: NoiseScaleEstimate, suggested_batch_size: float = math.nan) -> None:
+    """Draw S/S_min against E/E_min with the present and the suggested batch size, NaN for none, on the curve."""
     present, unit = estimate.batch_size, estimate.unit
     marks = []
     if estimate.num_measurements:
@@ -136,13 +134,12 @@ def _level(estimate: NoiseScaleEstimate) -> str:
     return f"{estimate.confidence * 100:g} % interval"
 
 
-def noise_scale_series(history: Mapping[str, Sequence[float]], prefix: str) -> list[Sequence[float]]:
-    """Return the steps, the noise scale, the ends of its interval and the batch size.
+def logged_series(history: Mapping[str, Sequence[float]], prefix: str, names: Sequence[str]) -> list[Sequence[float]]:
+    """Return the steps and the series of these names.
 
     Raises:
         ValueError: If ``history`` lacks one, or they differ in length.
     """
-    names = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
     keys = ["step", *(f"{prefix}/{name}" for name in names)]
     missing = [key for key in keys if key not in history]
     if missing:

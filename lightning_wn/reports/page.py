@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_wn.batch_size.advice import BatchSizeAdvice, advise_batch_size
-from lightning_wn.batch_size.candidates import RunConfiguration
-from lightning_wn.batch_size.run import ObservedRun
-from lightning_wn.batch_size.tradeoff import Factor
+from lightning_wn.batch_size.run import ObservedRun, RunConfiguration
 from lightning_wn.noise_scale.drawing import import_pyplot
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.reports.downsample import downsample
-from lightning_wn.reports.history import history_of, read_scalars
+from lightning_wn.reports.history import read_history
 from lightning_wn.reports.run_figure import plot_run
 from lightning_wn.text import format_count
 
 _MAX_POINTS = 2500
+_LOGGED = ("grad_sq_norm", "cov_trace", "noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d1f21; --back: #ffffff; --quiet: #5f6368; --line: #d9dce0; }
@@ -73,10 +72,29 @@ def write_report(
         ModuleNotFoundError: If matplotlib is missing, or tensorboard where only its files are there.
         ValueError: If nothing was logged under the prefix, or several runs lie there.
     """
-    history = history_of(read_scalars(folder), prefix, folder)
-    keep = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size", "grad_sq_norm", "cov_trace")
-    own = {key: history[key] for key in ("step", *(f"{prefix}/{name}" for name in keep)) if key in history}
-    estimate = _last_estimate(own, prefix=prefix, unit=unit, confidence=confidence, folder=folder)
+    history = read_history(folder, prefix=prefix)
+    keys = [f"{prefix}/{name}" for name in _LOGGED]
+    if missing := [key for key in keys if key not in history]:
+        raise ValueError(
+            f"{folder} holds no {missing}; give the prefix of one noise scale, such as '{prefix}/optimizer_0' where "
+            "there are several optimizers."
+        )
+    own, steps = {key: history[key] for key in ("step", *keys)}, history["step"]
+    grad_sq_norm, cov_trace, noise_scale, lower, upper, batch_size = (history[key][-1] for key in keys)
+    estimate = NoiseScaleEstimate(
+        grad_sq_norm=grad_sq_norm,
+        cov_trace=cov_trace,
+        noise_scale=noise_scale,
+        lower=lower,
+        upper=upper,
+        batch_size=batch_size,
+        # how many there were is not logged
+        num_measurements=len(steps),
+        coverage=1.0,
+        unit=unit,
+        probe="",
+        confidence=confidence,
+    )
     advice = advise_batch_size(
         estimate,
         RunConfiguration(accumulate_grad_batches=accumulate_grad_batches, num_ranks=num_ranks),
@@ -84,14 +102,13 @@ def write_report(
         target=target,
     )
     drawn = downsample(own, _MAX_POINTS)
-    name = _name_of(Path(folder))
-    steps = own["step"]
+    name = html.escape(_name_of(Path(folder)))
     page = "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>Gradient noise scale of {html.escape(name)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>Gradient noise scale of {html.escape(name)}</h1>",
+            f"<title>Gradient noise scale of {name}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>Gradient noise scale of {name}</h1>",
             f'<p class="quiet">{len(steps):,} logged points, steps {steps[0]:,.0f} to {steps[-1]:,.0f}</p>',
             "<h2>Advice</h2>",
             f"<p>At the last logged step the noise scale was {format_count(estimate.noise_scale)} {html.escape(unit)} "
@@ -109,33 +126,6 @@ def write_report(
     return path
 
 
-def _last_estimate(
-    history: Mapping[str, Sequence[float]], *, prefix: str, unit: str, confidence: float, folder: str | Path
-) -> NoiseScaleEstimate:
-    """Build the last logged estimate; how many measurements were behind it was not logged."""
-    names = ("grad_sq_norm", "cov_trace", "noise_scale", "noise_scale_lower", "noise_scale_upper", "batch_size")
-    missing = [f"{prefix}/{name}" for name in names if f"{prefix}/{name}" not in history]
-    if missing:
-        raise ValueError(
-            f"{folder} holds no {missing}; give the prefix of one noise scale, such as '{prefix}/optimizer_0' where "
-            "there are several optimizers."
-        )
-    grad_sq_norm, cov_trace, noise_scale, lower, upper, batch_size = (history[f"{prefix}/{name}"][-1] for name in names)
-    return NoiseScaleEstimate(
-        grad_sq_norm=grad_sq_norm,
-        cov_trace=cov_trace,
-        noise_scale=noise_scale,
-        lower=lower,
-        upper=upper,
-        batch_size=batch_size,
-        num_measurements=len(history["step"]),
-        coverage=1.0,
-        unit=unit,
-        probe="",
-        confidence=confidence,
-    )
-
-
 def _name_of(folder: Path) -> str:
     """Return the folder's name, and its parent's where the logger only counted."""
     parts = folder.resolve().parts
@@ -147,36 +137,12 @@ def _paragraph(line: str) -> str:
     return "<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line)) + "</p>"
 
 
-def _span(factor: Factor) -> str:
-    """Say a factor with its interval, where it has one."""
-    text = f"x{factor.value:.2g}"
-    return text if factor.lower == factor.upper else f"{text} ({factor.lower:.2g} to {factor.upper:.2g})"
-
-
 def _candidate_table(advice: BatchSizeAdvice) -> str:
-    if not advice.candidates:
-        return ""
-    unit = html.escape(advice.estimate.unit)
-    accumulates = advice.configuration.accumulate_grad_batches is not None
-    heads = ["batch size", *(["accumulate_grad_batches"] if accumulates else []), "steps", unit, "efficiency", ""]
-    rows = []
-    for candidate in advice.candidates:
-        names = {advice.estimate.batch_size: "now", advice.suggested_batch_size: "suggested"}
-        if advice.estimate.batch_size == advice.suggested_batch_size:
-            names[advice.suggested_batch_size] = "now and suggested"
-        rows.append(
-            [
-                format_count(candidate.batch_size),
-                *([str(candidate.accumulate_grad_batches)] if accumulates else []),
-                _span(candidate.steps),
-                _span(candidate.examples),
-                f"{candidate.efficiency.value:.0%}",
-                names.get(candidate.batch_size, ""),
-            ]
-        )
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+    rows = zip(*([name, *cells] for name, cells in advice.columns(intervals=True)), strict=True)
+    lines = []
+    for kind, row in zip(["th", *["td"] * len(advice.candidates)], rows, strict=False):
+        lines.append("<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>' if lines else ""
 
 
 def _picture(history: Mapping[str, Sequence[float]], advice: BatchSizeAdvice, prefix: str) -> str:

@@ -12,18 +12,17 @@ from lightning_wn.noise_scale.drawing import (
     BATCH_SIZE_COLOR,
     GRID_COLOR,
     NOISE_SCALE_COLOR,
-    draw_noise_scale,
     import_pyplot,
     seen_on,
 )
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.reports.noise_scale_figure import SUGGESTION_COLOR, draw_tradeoff, noise_scale_series
+from lightning_wn.reports.noise_scale_figure import SUGGESTION_COLOR, draw_history, draw_tradeoff, logged_series
 from lightning_wn.text import format_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TRACE_COLOR = "#CC79A7"  # the reddish purple of the palette in noise_scale/plotting.py
+_TRACE_COLOR = "#CC79A7"  # the reddish purple of the palette in noise_scale/drawing.py
 _DARK = {
     "figure.facecolor": "#15181c",
     "savefig.facecolor": "#15181c",
@@ -66,45 +65,28 @@ def plot_run(
     """
     if theme not in ("light", "dark"):
         raise ValueError(f"`theme` must be 'light' or 'dark', got {theme!r}.")
-    series = noise_scale_series(history, prefix)
     plt = import_pyplot()
-    estimate, unit = advice.estimate, advice.estimate.unit
     figure: Figure
     with plt.rc_context(_DARK if theme == "dark" else {}):
         figure, axes = plt.subplots(2, 2, figsize=(11.5, 9.0), layout="constrained")
-        draw_noise_scale(axes[0, 0], *series, unit=unit)
+        draw_history(axes[0, 0], history, prefix=prefix, unit=advice.estimate.unit)
         axes[0, 0].set_title("Gradient noise scale", fontsize=11)
-        axes[0, 0].set_xlabel("optimizer step")
-        axes[0, 0].set_ylabel(f"noise scale and batch size ({unit})")
         draw_moments(axes[0, 1], history, prefix=prefix)
-        draw_tradeoff(axes[1, 0], estimate, advice.suggested_batch_size)
+        draw_tradeoff(axes[1, 0], advice.estimate, advice.suggested_batch_size)
         draw_efficiency(axes[1, 1], advice)
     return figure
 
 
 def draw_moments(ax: Any, history: Mapping[str, Sequence[float]], *, prefix: str = "gns") -> None:
-    r"""Draw \|G\|² and tr(Σ) over steps, each on an axis of its own; values that are not positive leave a gap.
-
-    Args:
-        ax: A matplotlib axis.
-        history: As in :func:`plot_run`.
-        prefix: Start of the logged keys.
-
-    Raises:
-        ValueError: If ``history`` lacks a key.
-    """
-    keys = [f"{prefix}/grad_sq_norm", f"{prefix}/cov_trace"]
-    missing = [key for key in keys if key not in history]
-    if missing:
-        raise ValueError(f"`history` lacks {missing}; `read_csv_history(logger.log_dir)` returns all that is needed.")
-    steps = history["step"]
+    r"""Draw \|G\|² and tr(Σ) over steps, each on an axis of its own; values that are not positive leave a gap."""
+    steps, *series = logged_series(history, prefix, ("grad_sq_norm", "cov_trace"))
     names = ("|G|²", "tr(Σ)")
     colors = (seen_on(ax, NOISE_SCALE_COLOR), seen_on(ax, _TRACE_COLOR))
     styles = ("-", "--")
     sides = (ax, ax.twinx())
     lines = []
-    for side, key, name, color, style in zip(sides, keys, names, colors, styles, strict=True):
-        values = [value if value > 0 else math.nan for value in history[key]]
+    for side, logged, name, color, style in zip(sides, series, names, colors, styles, strict=True):
+        values = [value if value > 0 else math.nan for value in logged]
         mark = {"marker": "o"} if len(steps) == 1 else {}
         lines += side.plot(steps, values, color=color, linestyle=style, linewidth=2, label=name, **mark)
         side.set_ylabel(f"{name} ({'solid' if style == '-' else 'dashed'})")
@@ -120,12 +102,7 @@ def draw_moments(ax: Any, history: Mapping[str, Sequence[float]], *, prefix: str
 
 
 def draw_efficiency(ax: Any, advice: BatchSizeAdvice) -> None:
-    """Draw E_min/E over the batch size with its band, the candidates on it, and the goodput where known.
-
-    Args:
-        ax: A matplotlib axis.
-        advice: Its candidates are drawn as dots.
-    """
+    """Draw E_min/E over the batch size with its band, the candidates as dots on it, and the goodput where known."""
     estimate, unit = advice.estimate, advice.estimate.unit
     ax.set_title("Share of the examples that is really needed", fontsize=11)
     ax.set_xlabel(f"batch size ({unit})")

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from helpers.made_up_estimates import make_advice, make_estimate
 
-from lightning_wn.batch_size.advice import RunConfiguration, advise_batch_size
-from lightning_wn.batch_size.run import ObservedRun, RunTime
+from lightning_wn.batch_size import ObservedRun, RunConfiguration, RunTime, advise_batch_size
 
 
 def test_suggests_the_reachable_size_nearest_to_the_noise_scale():

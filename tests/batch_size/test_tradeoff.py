@@ -1,8 +1,9 @@
 import math
+from functools import partial
 
 import pytest
 
-from lightning_wn.batch_size.learning_rate import adam_learning_rate_factor, sgd_learning_rate_factor
+from lightning_wn.batch_size.learning_rate import learning_rate_factor
 from lightning_wn.batch_size.tradeoff import (
     Factor,
     carry_interval,
@@ -11,7 +12,6 @@ from lightning_wn.batch_size.tradeoff import (
     examples_factor,
     steps_cost,
     steps_factor,
-    target_within_examples,
 )
 
 
@@ -36,8 +36,8 @@ def test_factors_are_ratios_of_costs(old, new):
 
 @pytest.mark.parametrize(("critical", "expected"), [(0, 1.0), (1e12, 4.0), (math.inf, 4.0)])
 def test_learning_rate_of_sgd_is_constant_far_above_and_proportional_far_below(critical, expected):
-    assert sgd_learning_rate_factor(32, 128, critical) == pytest.approx(expected)
-    assert adam_learning_rate_factor(32, 128, critical) == pytest.approx(math.sqrt(expected))
+    assert learning_rate_factor("sgd", 32, 128, critical) == pytest.approx(expected)
+    assert learning_rate_factor("adam", 32, 128, critical) == pytest.approx(math.sqrt(expected))
 
 
 def test_limits_of_the_critical_batch_size():
@@ -50,7 +50,11 @@ def test_limits_of_the_critical_batch_size():
     assert math.isnan(steps_factor(32, 8, math.nan))
 
 
-@pytest.mark.parametrize("rule", [steps_factor, examples_factor, sgd_learning_rate_factor, adam_learning_rate_factor])
+@pytest.mark.parametrize(
+    "rule",
+    [steps_factor, examples_factor, partial(learning_rate_factor, "sgd"), partial(learning_rate_factor, "adam")],
+    ids=["steps", "examples", "sgd", "adam"],
+)
 @pytest.mark.parametrize(("old", "new"), [(32, 128), (128, 32)])
 def test_no_noise_scale_in_the_interval_gives_a_factor_outside(rule, old, new):
     factor = carry_interval(lambda critical: rule(old, new, critical), 90, 20, 400)
@@ -62,16 +66,3 @@ def test_no_noise_scale_in_the_interval_gives_a_factor_outside(rule, old, new):
 def test_open_intervals_carry_through():
     factor = carry_interval(lambda critical: efficiency(32, critical), 96, 0, math.inf)
     assert factor == Factor(0.75, 0.0, 1.0)
-
-
-@pytest.mark.parametrize("extra", [0.1, 1.0, 3.0])
-def test_the_largest_target_for_so_many_more_examples(extra):
-    target = target_within_examples(extra)
-    assert examples_cost(target * 77, 77) == pytest.approx(1 + extra)
-    assert examples_cost(1.01 * target * 77, 77) > 1 + extra
-
-
-@pytest.mark.parametrize("extra", [0, -0.1, math.nan, math.inf])
-def test_more_examples_must_be_more(extra):
-    with pytest.raises(ValueError, match="`extra` must be a positive number"):
-        target_within_examples(extra)

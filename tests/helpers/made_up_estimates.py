@@ -3,7 +3,7 @@
 import math
 
 from lightning_wn import NoiseScaleEstimate
-from lightning_wn.batch_size.advice import RunConfiguration, advise_batch_size
+from lightning_wn.batch_size import RunConfiguration, advise_batch_size
 
 
 def make_estimate(noise_scale, lower=None, upper=None, *, batch_size=32.0, num_measurements=400, unit="examples"):

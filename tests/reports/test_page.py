@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_wn.__main__ import main
-from lightning_wn.reports.history import read_history, read_scalars
+from lightning_wn.reports.history import read_history
 
 NAMES = ("noise_scale", "noise_scale_lower", "noise_scale_upper", "grad_sq_norm", "cov_trace", "batch_size")
 
@@ -62,10 +62,10 @@ def test_reads_either_logger(kind, tmp_path, capsys):
 
 def test_the_folder_above_a_single_run_will_do(tmp_path):
     folder = log_run(CSVLogger(tmp_path, name="run"))
-    assert read_scalars(tmp_path) == read_scalars(folder)
+    assert read_history(tmp_path) == read_history(folder)
     log_run(CSVLogger(tmp_path, name="run"))
     with pytest.raises(ValueError, match="holds 2 runs; give the folder of one"):
-        read_scalars(tmp_path)
+        read_history(tmp_path)
 
 
 def test_100_000_points_make_a_small_page(tmp_path):

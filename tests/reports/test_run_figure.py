@@ -6,8 +6,7 @@ import pytest
 from helpers.made_up_estimates import make_advice, make_estimate
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lightning_wn.batch_size.advice import RunConfiguration, advise_batch_size
-from lightning_wn.batch_size.run import ObservedRun, RunTime
+from lightning_wn.batch_size import ObservedRun, RunConfiguration, RunTime, advise_batch_size
 from lightning_wn.reports.loggers import add_margin_chart, log_figure_to
 from lightning_wn.reports.run_figure import plot_run
 

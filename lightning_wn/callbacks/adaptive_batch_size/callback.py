@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_wn.batch_size.learning_rate import (
     BY_NOISE_SCALE,
-    LEARNING_RATE_RULES,
     LearningRateRule,
     check_learning_rate_rule,
+    learning_rate_factor,
 )
 from lightning_wn.callbacks.adaptive_batch_size.checks import (
     check_clock,
@@ -342,8 +342,8 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         if self.learning_rate in BY_NOISE_SCALE:
             assert self._noise_scale is not None
             noise_scale = require_noise_scale(self._noise_scale, self.learning_rate, trainer.global_step)
-        self._learning_rate_factor = LEARNING_RATE_RULES[self.learning_rate](
-            self._clock.first, self._factor, noise_scale
+        self._learning_rate_factor = learning_rate_factor(
+            self.learning_rate, self._clock.first, self._factor, noise_scale
         )
         assert self._scaled is not None
         self._scaled.factor = self._learning_rate_factor

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_dense, add_forms, dense_chunks
 from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
-from lightning_wn.weight_norm.core.torch_weight_norm import legacy_hooks, legacy_parts
+from lightning_wn.weight_norm.core.torch_weight_norm import legacy_hooks, legacy_g_and_v
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def normalized_weight_of(module: nn.Module) -> NormalizedWeight | None:
         if type(step) is parametrizations._WeightNorm:
             return _of_torch(chain.original0, chain.original1, step.dim)
     hook = legacy_hooks(module).get("weight")
-    return None if hook is None else _of_torch(*legacy_parts(module, "weight"), hook.dim)
+    return None if hook is None else _of_torch(*legacy_g_and_v(module, "weight"), hook.dim)
 
 
 def _of_this_package(gain: nn.Parameter, direction: nn.Parameter, step: WeightNorm) -> NormalizedWeight:
