@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_dense, add_forms, dense_chunks
 from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
-from lightning_wn.weight_norm.core.torch_weight_norm import legacy_hooks, legacy_g_and_v
+from lightning_wn.weight_norm.core.torch_weight_norm import legacy_g_and_v, legacy_hooks
 
 
 @dataclass(frozen=True)
