@@ -223,7 +223,6 @@ fewest) and twice the fewest possible steps.
         )
     run = run or ObservedRun()
     present = estimate.batch_size
-    smallest = configuration.smallest_of(present)
     units_per_epoch = configuration.smallest_of(run.micro_batches_per_epoch * present)
     if not math.isfinite(estimate.noise_scale) or not present > 0:
         doubts = doubts_about(estimate, run, suggested=math.nan, units_per_epoch=units_per_epoch)
@@ -242,13 +241,14 @@ fewest) and twice the fewest possible steps.
             price_per_device_hour=price_per_device_hour,
         )
 
-    wished = target * estimate.noise_scale
-    unit = 1.0 if math.isnan(smallest) else smallest
-    size = max(1, round(wished / unit)) * unit
-    sizes = reachable_sizes(present, configuration.accumulate_grad_batches, size)
+    wished, accumulate = target * estimate.noise_scale, configuration.accumulate_grad_batches
+    # a whole multiple of the present size is so to the last digit
+    micro_batches = max(1, round(wished if accumulate is None else wished / present * accumulate))
+    size = float(micro_batches) if accumulate is None else micro_batches / accumulate * present
+    sizes = reachable_sizes(present, accumulate, size)
     candidates = [candidate(each, configuration.num_ranks) for each in sizes]
     suggested = candidates[sizes.index(size)]
-    ranks = {each: configuration.ranks_for(each / present) for each in sizes}
+    ranks = [configuration.ranks_for(each.accumulate_grad_batches) for each in candidates]
     family, ends = run.optimizer_family, (estimate.noise_scale, estimate.lower, estimate.upper)
     return BatchSizeAdvice(
         estimate=estimate,
@@ -257,13 +257,15 @@ fewest) and twice the fewest possible steps.
         target=target,
         suggested_batch_size=size,
         suggested_accumulate_grad_batches=suggested.accumulate_grad_batches or 0,
-        suggested_num_ranks=ranks[size],
+        suggested_num_ranks=ranks[sizes.index(size)],
         steps=suggested.steps,
         examples=suggested.examples,
         learning_rate=family
         and carry_interval(lambda noise: learning_rate_factor(family, present, size, noise), *ends),
         candidates=tuple(candidates),
-        more_ranks=tuple(candidate(each, ranks[each]) for each in sizes if ranks[each] > configuration.num_ranks),
+        more_ranks=tuple(
+            candidate(*pair) for pair in zip(sizes, ranks, strict=True) if pair[1] > configuration.num_ranks
+        ),
         doubts=doubts_about(estimate, run, suggested=size, units_per_epoch=units_per_epoch),
     )
 

@@ -25,16 +25,18 @@ class RunConfiguration:
         """Return what one micro-batch on every rank holds of the run's batch size; NaN where that is not known."""
         return batch_size / (self.accumulate_grad_batches or math.nan)
 
-    def ranks_for(self, ratio: float) -> int:
-        """Return the ranks that give so many times the batch size with as much accumulation; 0 where none do.
+    def ranks_for(self, accumulate_grad_batches: int | None) -> int:
+        """Return the ranks that make up for another accumulation with the present one; 0 where none do.
 
         Example:
             >>> configuration = RunConfiguration(accumulate_grad_batches=4, num_ranks=2)
-            >>> configuration.ranks_for(1.5), configuration.ranks_for(1.6)
-            (3, 0)
+            >>> configuration.ranks_for(16), configuration.ranks_for(5)
+            (8, 0)
         """
-        ranks = ratio * self.num_ranks
-        return int(ranks) if ranks.is_integer() and self.accumulate_grad_batches else 0
+        if accumulate_grad_batches is None or self.accumulate_grad_batches is None:
+            return 0
+        ranks, rest = divmod(accumulate_grad_batches * self.num_ranks, self.accumulate_grad_batches)
+        return 0 if rest else ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,19 @@ def test_ranks_count_in_what_is_reachable():
     assert (advice.suggested_batch_size, advice.suggested_accumulate_grad_batches) == (96, 3)
 
 
+@pytest.mark.parametrize("batch_size", [31.7, 57.0, 100.1])
+@pytest.mark.parametrize("accumulate", [3, 29, 49, 58])
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_a_batch_size_of_any_fraction_is_listed_once(batch_size, accumulate, times):
+    """Whatever one part in so many of it, taken as often, rounds to."""
+    advice = make_advice(times * batch_size, batch_size=batch_size, accumulate=accumulate)
+    assert advice.suggested_batch_size == times * batch_size
+    micro_batches = [candidate.accumulate_grad_batches for candidate in advice.candidates]
+    assert len(set(micro_batches)) == len(micro_batches)
+    assert ("Keep the batch size" in str(advice)) == (times == 1)
+    assert (f"or {times} ranks instead of 1" in str(advice)) == (times > 1)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_keeps_a_batch_size_that_is_right(ranks):
     advice = make_advice(33.0, ranks=ranks)
