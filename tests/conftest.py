@@ -22,14 +22,12 @@ DISTRIBUTED = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for its groups
 def pytest_collection_modifyitems(items):
-    """Mark tests by where they are; a file that starts processes is one piece of work, and such files come first."""
+    """Mark tests by where they are. Files that start processes come first: a worker takes a file at a time."""
     for item in items:
         launched = getattr(item, "callspec", None) and item.callspec.params.get("column") in ("ddp", "sharded")
         if item.path in DISTRIBUTED or launched:
             item.add_marker("distributed")
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
         elif item.path.parent.name == "examples":
             item.add_marker("examples")
         if item.get_closest_marker("distributed") or item.get_closest_marker("examples"):
