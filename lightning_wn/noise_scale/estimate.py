@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_wn.noise_scale.statistics import PairMoments
 from lightning_wn.text import format_count
@@ -56,36 +57,23 @@ class NoiseScaleEstimate:
 
     @classmethod
     def from_moments(
-        cls,
-        moments: PairMoments,
-        *,
-        batch_size: float,
-        coverage: float,
-        unit: str,
-        probe: str,
-        confidence: float,
-        approximate: bool = False,
+        cls, moments: PairMoments, *, batch_size: float, confidence: float, **known: Any
     ) -> NoiseScaleEstimate:
-        """Build the estimate from the smoothed measurements."""
+        """Build the estimate from the smoothed measurements; ``known`` are further attributes."""
         num_measurements = int(moments.count)
         enough = num_measurements >= MIN_MEASUREMENTS_FOR_INTERVAL
         lower, upper = moments.interval(confidence) if enough else (0.0, math.inf)
         noise_scale = moments.noise_scale()
-        if math.isinf(noise_scale):
-            upper = math.inf
         return cls(
             grad_sq_norm=moments.mean_x if num_measurements else math.nan,
             cov_trace=moments.mean_y if num_measurements else math.nan,
             noise_scale=noise_scale,
             lower=lower,
-            upper=upper,
+            upper=math.inf if math.isinf(noise_scale) else upper,
             batch_size=batch_size if num_measurements else math.nan,
             num_measurements=num_measurements,
-            coverage=coverage,
-            unit=unit,
-            probe=probe,
             confidence=confidence,
-            approximate=approximate,
+            **known,
         )
 
     def to_metrics(self) -> dict[str, float]:

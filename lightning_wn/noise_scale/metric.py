@@ -11,12 +11,7 @@ from torchmetrics import Metric
 
 from lightning_wn.arguments import check_confidence
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.samples import (
-    ROW_SIZE,
-    GradientSamples,
-    Rejection,
-    measurement_from_row,
-)
+from lightning_wn.noise_scale.samples import ROW_SIZE, GradientSamples, Rejection, measurement_from_row
 from lightning_wn.noise_scale.statistics import PairMoments
 
 _NUM_MOMENTS = len(PairMoments().to_list())
@@ -168,12 +163,12 @@ class GradientNoiseScale(Metric):
         moments, counts = self._folded()
         if not self._is_synced:
             self.moments, self.counts, self.pending = moments, counts, self.pending[:0]
-        values: dict[str, float] = {}
-        for index, group in enumerate((None, *self.groups)):
-            start = "" if group is None else f"{group}/"
-            metrics = self._estimate_from(moments[index], counts).to_metrics()
-            values |= {start + key: value for key, value in metrics.items()}
-        return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+        starts = ["", *(f"{group}/" for group in self.groups)]
+        return {
+            start + key: torch.tensor(value, dtype=torch.float64)
+            for start, of_set in zip(starts, moments, strict=True)
+            for key, value in self._estimate_from(of_set, counts).to_metrics().items()
+        }
 
     def synchronize(self, *, across_ranks: bool | None = None) -> None:
         """Fold what was buffered into the moving averages, with a single all-reduce.
@@ -240,16 +235,16 @@ class GradientNoiseScale(Metric):
         return self.moments.new_tensor([m.to_list() for m in moments]), self.counts.new_tensor(counts)
 
     def _estimate_from(
-        self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0, approximate: bool = False
+        self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0, **known: Any
     ) -> NoiseScaleEstimate:
         return NoiseScaleEstimate.from_moments(
             PairMoments.from_list(moments.tolist()),
             batch_size=float(counts[_EXAMPLES]),
-            coverage=coverage,
+            confidence=self.confidence,
             unit=self.unit,
             probe=probe,
-            confidence=self.confidence,
-            approximate=approximate,
+            coverage=coverage,
+            **known,
         )
 
     def fold_pending(self, summed: Tensor) -> None:

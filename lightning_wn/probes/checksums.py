@@ -18,13 +18,7 @@ _ELEMENTS = 64
 
 
 class Projection:
-    """A projection of a parameter's whole gradient.
-
-    Args:
-        parameter: The parameter.
-        slot: Which of the NUM_CHECKSUMS it is.
-        generator: Draws the elements and their factors.
-    """
+    """A projection of a parameter's whole gradient; ``slot`` is which of the NUM_CHECKSUMS it is."""
 
     def __init__(self, parameter: nn.Parameter, slot: int, generator: torch.Generator) -> None:
         self.slot = slot
@@ -75,12 +69,6 @@ class FlatProjection:
     The flat gradient has one row a shard, and a row is the parameters' shards one after the other, each
     padded to equal length. The same elements can therefore be found in the flat gradient of every rank and,
     each on the one rank that holds it, in the optimizer's gradient.
-
-    Args:
-        group: The FSDP2 parameter group.
-        measured: Identities of the measured parameters.
-        slot: Which of the NUM_CHECKSUMS it is.
-        generator: Draws the elements and their factors.
     """
 
     def __init__(self, group: ShardedGroup, measured: set[int], slot: int, generator: torch.Generator) -> None:

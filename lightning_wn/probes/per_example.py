@@ -45,6 +45,9 @@ class PerExampleProbe(Probe):
         self._norms: PerExampleNorms | None = None
         self._has_measured = False
         self._warned = False
+        self._forget_step()
+
+    def _forget_step(self) -> None:
         self._failed = False
         self._by_example: Tensor | None = None
         self._sq_norms: list[Tensor] = []
@@ -52,7 +55,6 @@ class PerExampleProbe(Probe):
         self._weights: list[Tensor] = []
         self._examples: float | Tensor = 0.0
         self._total_weight = 0.0
-        self._micro_batches = 0
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError on several devices and for models that mix examples or are compiled."""
@@ -106,7 +108,6 @@ class PerExampleProbe(Probe):
         self._weights.append(weight * share)
         self._examples = self._examples + size
         self._total_weight += weight
-        self._micro_batches += 1
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Take the norm of the optimizer's gradient over the measured parameters."""
@@ -121,7 +122,7 @@ class PerExampleProbe(Probe):
             weights=torch.cat(self._weights),
             grad_sq_norm=self._measured.sq_norms_of_optimizers_gradient(scale),
             examples=self._examples,
-            micro_batches=self._micro_batches,
+            micro_batches=len(self._sq_norms),
             full=full,
         )
 
@@ -165,12 +166,6 @@ class PerExampleProbe(Probe):
         if not self._warned:
             self._warned = True
             rank_zero_warn(f"`probe='per_example'` leaves out steps, and says so once: {error}. {_ALTERNATIVES}")
-
-    def _forget_step(self) -> None:
-        self._failed = False
-        self._by_example = None
-        self._sq_norms, self._sizes, self._weights = [], [], []
-        self._examples, self._total_weight, self._micro_batches = 0.0, 0.0, 0
 
 
 def _examples_in(count: BatchCount) -> int:

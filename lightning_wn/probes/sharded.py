@@ -47,6 +47,9 @@ class ShardedProbe(Probe):
     can_precondition = False
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._measured = MeasuredParameters(())
         self._pieces: list[list[_Piece]] | None = None
         self._groups: list[ShardedGroup] = []
@@ -161,13 +164,7 @@ class ShardedProbe(Probe):
             # whoever replaced ours in the meantime keeps theirs
             if group.reduce_scatter is tap:
                 group.set_reduce_scatter(tap.open_inner)
-        self._taps = []
-        self._groups = []
-        self._pieces = None
-        self._measured = MeasuredParameters(())
-        self._projections = {}
-        self._step = _Step()
-        self._backward = None
+        self._forget()
 
     def _see_gradient(self, index: int, flat_grad: Tensor, op: Any) -> None:
         """Take the norm of one group's flat local gradient, on the stream of its reduce-scatter."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_wn.per_example.rules.errors import PerExampleError
+from lightning_wn.per_example.rules.errors import reached_twice
 from lightning_wn.per_example.rules.gradients import Dense, Form, Outer
 from lightning_wn.per_example.rules.registry import computes_like
 
@@ -83,10 +83,7 @@ class AttentionCall:
     def _arrived(self, projection: Projection, grad: Tensor) -> None:
         name = projection.name
         if self._waiting[name] == 0:
-            raise PerExampleError(
-                f"the gradient reached {self.name} twice: per-example norms need one backward pass through each "
-                "forward pass, so call before_forward and after_backward around each, or choose another probe"
-            )
+            raise reached_twice(self.name)
         with torch.no_grad():
             x = self._by_example(getattr(projection.node, projection.saved)) if projection.saved else None
             self._pieces.setdefault(name, []).append((projection.first, self._by_example(grad), x))

@@ -15,7 +15,7 @@ from lightning_wn.per_example.engine.batch_axes import input_axes, output_axes
 from lightning_wn.per_example.engine.layers import Layer
 from lightning_wn.per_example.engine.rerun import Context, Rerun
 from lightning_wn.per_example.engine.shared_tensors import SharedGradient
-from lightning_wn.per_example.rules.errors import PerExampleError, shape_of
+from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice, shape_of
 from lightning_wn.per_example.rules.registry import Rule, Seen
 
 
@@ -56,7 +56,7 @@ class Call:
         """The tensors among the arguments."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
-    def check_intact(self) -> None:
+    def require_intact(self) -> None:
         """Raise if an argument is no longer what the layer got.
 
         Raises:
@@ -68,7 +68,7 @@ class Call:
                 "for x += y there"
             )
 
-    def check_seen(self) -> None:
+    def require_seen(self) -> None:
         """Raise if a gradient may have taken a way past the hooks.
 
         Raises:
@@ -80,18 +80,11 @@ class Call:
                 "or register a rule for the module's class"
             )
 
-    def reached_twice(self) -> PerExampleError:
-        """Return the error for a second backward pass through the call."""
-        return PerExampleError(
-            f"the gradient reached {self.layer.label} twice: per-example norms need one backward pass through each "
-            "forward pass, so call before_forward and after_backward around each, or choose another probe"
-        )
-
     def arrived_gradient(self) -> Tensor:
         """Return the gradient by the output, or by every example's share of it where all examples share one."""
         grad = self.outputs[0].grad if self.shared is None else self.shared.grad
         assert grad is not None
-        self.check_intact()
+        self.require_intact()
         return grad
 
     def seen(self, grad: Tensor, batch_size: int) -> tuple[Seen, int]:
@@ -141,8 +134,8 @@ class Call:
         """
         layer = self.layer
         if any(output.arrivals > 1 for output in self.outputs):
-            raise self.reached_twice()
-        self.check_intact()
+            raise reached_twice(layer.label)
+        self.require_intact()
         if layer.batch_dim == "folded":
             raise PerExampleError(f"{layer.label} has no rule, and without one 'folded' is not possible: register one")
         grads = [output.grad for output in self.outputs]

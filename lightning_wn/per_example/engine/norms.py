@@ -18,7 +18,7 @@ from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_l
 from lightning_wn.per_example.engine.rerun import Context
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
-from lightning_wn.per_example.rules.errors import PerExampleError, refuse_model
+from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice, require_separate_examples
 from lightning_wn.per_example.rules.gradients import Dense, Form
 from lightning_wn.summing import summing_dtype
 
@@ -126,7 +126,7 @@ class PerExampleNorms:
         """
         if self._handles:
             return
-        refuse_model(self._model)
+        require_separate_examples(self._model)
         for layer in self._layers:
             # first in line: the gradient by the layer's own output, before hooks of others change the output
             def after(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: Layer = layer) -> None:
@@ -155,7 +155,7 @@ class PerExampleNorms:
         Args:
             batch_size: B, the length of the dimension that is the batch.
         """
-        refuse_model(self._model)
+        require_separate_examples(self._model)
         self._forget()
         self._batch_size = batch_size
         self._recording = True
@@ -280,7 +280,7 @@ class PerExampleNorms:
         """Apply the layer's rule; called by autograd when the gradient of the output is known."""
         layer = call.layer
         if call.fired:
-            raise call.reached_twice()
+            raise reached_twice(layer.label)
         call.fired = True
         grad = call.arrived_gradient()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -346,7 +346,7 @@ class PerExampleNorms:
             for attention in self._attentions:
                 attention.finish()
             for call in self._calls:
-                call.check_seen()
+                call.require_seen()
                 if call.layer.rule is None:
                     self._run_again(call)
             # some uses of a parameter may have no gradient: an output that the loss does not depend on

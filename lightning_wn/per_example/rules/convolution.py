@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as torch's own documentation spells it
 from torch import Tensor, nn
 
-from lightning_wn.per_example.rules.errors import PerExampleError, shape_of
+from lightning_wn.per_example.rules.errors import require_batch_dimension
 from lightning_wn.per_example.rules.gradients import Dense, Form, Outer, examples_at_once, gram_is_cheaper
 from lightning_wn.per_example.rules.registry import Seen, register_per_example_rule
 
@@ -80,18 +80,10 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.flatten(2).reshape(len(x), groups, x.shape[1] // groups, -1)
 
 
-def _check_batched(module: nn.Module, x: Tensor, spatial: int) -> None:
-    if x.ndim != spatial + 2:
-        raise PerExampleError(
-            f"{type(module).__name__} got an input of shape {shape_of(x)} without a batch dimension: add one"
-        )
-
-
 @register_per_example_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: AnyConv, seen: Seen) -> dict[str, Form]:
     """Weight: Σ_p D_p ⊗ patch_p, group by group. Bias: Σ_p D_p."""
-    spatial = len(module.kernel_size)
-    _check_batched(module, seen.input, spatial)
+    require_batch_dimension(module, seen.input, len(module.kernel_size) + 2)
     forms: dict[str, Form] = {}
     if "weight" in seen.needed:
         # torch keeps the padding of every mode, 'same' and 'valid' included, in the order of F.pad
@@ -109,8 +101,7 @@ def convolution(module: AnyConv, seen: Seen) -> dict[str, Form]:
 @register_per_example_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def transposed_convolution(module: AnyConvTranspose, seen: Seen) -> dict[str, Form]:
     """Weight: Σ_p x_p ⊗ patch_p(D): input and output change places. Bias: Σ_p D_p."""
-    spatial = len(module.kernel_size)
-    _check_batched(module, seen.input, spatial)
+    require_batch_dimension(module, seen.input, len(module.kernel_size) + 2)
     forms: dict[str, Form] = {}
     if "weight" in seen.needed:
         assert not isinstance(module.padding, str)  # torch allows no names here

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_wn.text import some
 from lightning_wn.weight_norm.core.mean_only_batch_norm import MeanOnlyBatchNorm
 
 
@@ -47,55 +48,64 @@ def _mixes_examples(module: nn.Module) -> bool:
     return module.training or (module.running_mean is None and module.running_var is None)
 
 
-def compiled_modules(model: nn.Module) -> list[str]:
-    """Name the modules that are compiled: hooks put on them or below them now would be ignored."""
-    compiled: list[str] = []
-    for name, module in model.named_modules():
-        wrapped = type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
-        if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
-            compiled.append(name or type(model).__name__)
-    return compiled
-
-
 def can_have_examples(model: nn.Module) -> bool:
     """Return whether nothing in the model as a whole keeps examples from having gradients of their own."""
     try:
-        refuse_model(model)
+        require_separate_examples(model)
     except PerExampleError:
         return False
     return True
 
 
-def refuse_model(model: nn.Module) -> None:
+def require_separate_examples(model: nn.Module) -> None:
     """Raise for a model that as a whole has no exact per-example gradients.
 
     Raises:
         PerExampleError: If a layer mixes examples, or a part is compiled or scripted.
     """
-    mixing = batch_dependent_layers(model)
-    if mixing:
+    if mixing := batch_dependent_layers(model):
         raise PerExampleError(
-            f"{_several('layer', mixing)} of batch statistics, which leave no example a gradient of its own: use "
-            "GroupNorm or LayerNorm there, put the layer into eval(), or choose probe='consecutive'"
+            f"{_several('layer', mixing)} {'makes' if len(mixing) == 1 else 'make'} use of batch statistics, which "
+            "leave no example a gradient of its own: use GroupNorm or LayerNorm there, put the layer into eval(), or "
+            "choose probe='consecutive'"
         )
-    compiled = compiled_modules(model)
-    if compiled:
+    named = list(model.named_modules())
+    if compiled := [name or type(model).__name__ for name, module in named if _is_compiled(module)]:
         raise PerExampleError(
-            f"{_several('module', compiled)} compiled, and hooks added to a compiled module are ignored: measure "
-            "without torch.compile, or choose another probe"
+            f"{_several('module', compiled)} {'is' if len(compiled) == 1 else 'are'} compiled, and hooks added to a "
+            "compiled module are ignored: measure without torch.compile, or choose another probe"
         )
-    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-    if scripted:
+    if scripted := [name for name, module in named if isinstance(module, torch.jit.ScriptModule)]:
         raise PerExampleError(
-            f"{_several('module', scripted)} scripted and cannot be measured: use the eager module, or choose another "
-            "probe"
+            f"{_several('module', scripted)} {'is' if len(scripted) == 1 else 'are'} scripted and cannot be measured: "
+            "use the eager module, or choose another probe"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether hooks put on the module or below it now would be ignored."""
+    wrapped = type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _several(kind: str, names: list[str]) -> str:
-    listed = ", ".join(repr(name) for name in names[:4]) + (", ..." if len(names) > 4 else "")
-    verb = {"layer": ("makes use", "make use"), "module": ("is", "are")}[kind]
-    return f"{kind}{'s' if len(names) > 1 else ''} {listed} {verb[len(names) > 1]}"
+    return f"{kind}{'s' if len(names) > 1 else ''} {some(map(repr, names))}"
+
+
+def require_batch_dimension(module: nn.Module, x: Tensor, dims: int) -> None:
+    """Raise PerExampleError unless a layer's input has so many dimensions, the batch's included."""
+    if x.ndim < dims:
+        raise PerExampleError(
+            f"{type(module).__name__} got an input of shape {shape_of(x)} without a batch dimension: add one"
+        )
+
+
+def reached_twice(label: str) -> PerExampleError:
+    """Return the error for a second backward pass through one call of a layer."""
+    return PerExampleError(
+        f"the gradient reached {label} twice: per-example norms need one backward pass through each forward pass, so "
+        "call before_forward and after_backward around each, or choose another probe"
+    )
 
 
 def name_of(module: nn.Module, name: str) -> str:

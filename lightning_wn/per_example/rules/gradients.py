@@ -233,16 +233,14 @@ def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
 
 def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     """Return |Σ_uses gradient|² per example, shape (B,); a parameter's uses are added before squaring."""
-    total: Tensor | None = None
-    outer: Outer | None = None
-    for form in add_forms(forms, shape):
-        squared = form.squared()
-        total = squared if total is None else total + squared
-        if isinstance(form, Rows) and outer is not None:
-            # a table that is also a projection: |a + b|² = |a|² + |b|² + 2<a, b>
-            total = total + 2 * form.product(outer)
-        outer = form if isinstance(form, Outer) else outer
-    assert total is not None
+    added = add_forms(forms, shape)
+    total = added[0].squared()
+    if len(added) == 2:
+        # a table that is also a projection: |a + b|² = |a|² + |b|² + 2<a, b>
+        outer, rows = added
+        assert isinstance(outer, Outer)
+        assert isinstance(rows, Rows)
+        total = total + rows.squared() + 2 * rows.product(outer)
     return total
 
 

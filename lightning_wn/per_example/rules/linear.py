@@ -5,11 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_wn.per_example.rules.gradients import Dense, Form, Outer
-from lightning_wn.per_example.rules.registry import (
-    Seen,
-    register_by_name,
-    register_per_example_rule,
-)
+from lightning_wn.per_example.rules.registry import Seen, register_per_example_rule
 
 
 @register_per_example_rule(nn.Linear)
@@ -19,7 +15,7 @@ def linear(module: nn.Linear, seen: Seen) -> dict[str, Form]:
     return _answer(seen, Outer(grad.unsqueeze(1), x.unsqueeze(1)), grad)
 
 
-@register_by_name("transformers.pytorch_utils.Conv1D")
+@register_per_example_rule("transformers.pytorch_utils.Conv1D")
 def transposed_linear(module: nn.Module, seen: Seen) -> dict[str, Form]:
     """The same with the weight stored as (in, out), as GPT-2 has it."""
     x, grad = _positions(seen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812  # as torch's own documentation spells it
 from torch import Tensor, nn
 
-from lightning_wn.per_example.rules.errors import PerExampleError, shape_of
+from lightning_wn.per_example.rules.errors import require_batch_dimension
 from lightning_wn.per_example.rules.gradients import Dense, Form
 from lightning_wn.per_example.rules.registry import Seen, register_per_example_rule
 
@@ -30,12 +30,8 @@ def rms_norm(module: nn.RMSNorm, seen: Seen) -> dict[str, Form]:
 
 
 def _trailing(seen: Seen, normalized: Tensor, module: nn.LayerNorm | nn.RMSNorm) -> dict[str, Form]:
-    positions = tuple(range(1, seen.grad.ndim - len(module.normalized_shape)))
-    if seen.grad.ndim <= len(module.normalized_shape):
-        raise PerExampleError(
-            f"{type(module).__name__} got an input of shape {shape_of(seen.input)} without a batch dimension: add one"
-        )
-    return _affine(seen, normalized, positions)
+    require_batch_dimension(module, seen.grad, len(module.normalized_shape) + 1)
+    return _affine(seen, normalized, tuple(range(1, seen.grad.ndim - len(module.normalized_shape))))
 
 
 @register_per_example_rule(nn.GroupNorm)
@@ -48,10 +44,7 @@ def group_norm(module: nn.GroupNorm, seen: Seen) -> dict[str, Form]:
 @register_per_example_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm(module: AnyInstanceNorm, seen: Seen) -> dict[str, Form]:
     """Scale and shift per channel."""
-    if seen.input.ndim == module._get_no_batch_dim():
-        raise PerExampleError(
-            f"{type(module).__name__} got an input of shape {shape_of(seen.input)} without a batch dimension: add one"
-        )
+    require_batch_dimension(module, seen.input, module._get_no_batch_dim() + 1)
     own_statistics = module.training or not module.track_running_stats
     mean, var = (None, None) if own_statistics else (module.running_mean, module.running_var)
     if mean is not None and var is not None:

@@ -31,12 +31,13 @@ Rule = Callable[[Any, Seen], Mapping[str, Form | Tensor]]
 
 AnyRule = TypeVar("AnyRule", bound=Rule)
 
-_RULES: dict[type[nn.Module], Rule] = {}
-_RULES_BY_NAME: dict[str, Rule] = {}
-_ANY_FORWARD: set[type[nn.Module]] = set()
+_RULES: dict[type[nn.Module] | str, Rule] = {}
+_ANY_FORWARD: set[type[nn.Module] | str] = set()
 
 
-def register_per_example_rule(*classes: type[nn.Module], any_forward: bool = False) -> Callable[[AnyRule], AnyRule]:
+def register_per_example_rule(
+    *classes: type[nn.Module] | str, any_forward: bool = False
+) -> Callable[[AnyRule], AnyRule]:
     """Register a rule for the per-example gradients of a type of module.
 
     A rule answers for the parameters by the name under which the module uses them (``"weight"``, whether or
@@ -46,7 +47,7 @@ def register_per_example_rule(*classes: type[nn.Module], any_forward: bool = Fal
     The rule holds for subclasses too, as long as they do not override ``forward``: it could compute anything.
 
     Args:
-        classes: The module classes.
+        classes: The module classes; one of a package that may not be installed as ``"module.Class"``.
         any_forward: Whether the rule also holds for subclasses with a ``forward`` of their own.
 
     Returns:
@@ -74,27 +75,12 @@ def register_per_example_rule(*classes: type[nn.Module], any_forward: bool = Fal
     return decorate
 
 
-def register_by_name(qualified_name: str) -> Callable[[AnyRule], AnyRule]:
-    """Register a rule for a class of a package that may not be installed, by module and name."""
-
-    def decorate(rule: AnyRule) -> AnyRule:
-        _RULES_BY_NAME[qualified_name] = rule
-        return rule
-
-    return decorate
-
-
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule of the module's class or of its nearest base class, or None."""
     for cls in type(module).__mro__:
-        if cls not in _RULES:
-            by_name = _RULES_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
-            if by_name is not None:
-                return by_name if computes_like(module, cls) else None
-            continue
-        if cls in _ANY_FORWARD:
-            return _RULES[cls]
-        return _RULES[cls] if computes_like(module, cls) else None
+        for key in (cls, f"{cls.__module__}.{cls.__qualname__}"):
+            if key in _RULES:
+                return _RULES[key] if key in _ANY_FORWARD or computes_like(module, cls) else None
     return None
 
 
