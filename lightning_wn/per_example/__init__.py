@@ -1,4 +1,4 @@
-"""Exact per-example squared gradient norms from the ordinary backward pass: one rule per layer type."""
+"""Exact squared gradient norms of single examples: one rule per layer type, in the ordinary backward pass."""
 
 from lightning_wn.per_example.engine.norms import PerExampleNorms
 from lightning_wn.per_example.rules import convolution, embedding, linear, normalization

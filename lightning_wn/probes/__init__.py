@@ -1,4 +1,4 @@
-"""Probes: where gradient samples come from, one file a probe.
+"""Where gradient samples come from, one probe a file.
 
 They can be driven by hand, around a training step without Lightning: ``MeasuredParameters`` are the parameters that a
 probe begins with, and a ``BatchCount`` is what is said of each batch.

@@ -1,4 +1,4 @@
-"""What becomes of a run: figures, histories read back from loggers, and the HTML page.
+"""Figures, histories read back from loggers, and the HTML page.
 
 matplotlib is imported when something is drawn.
 """
