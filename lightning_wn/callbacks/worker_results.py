@@ -2,50 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 import torch
 
+_ROOM = 2**18  # bytes; the estimates of one optimizer take about 2,000
 
-class Mailbox:
-    """A few numbers in shared memory, written in a worker process and read in its parent.
+
+class WorkerResults:
+    """A piece of shared memory that a worker process writes its result to, and its parent reads.
 
     ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` run ``fit`` in copies of the callback, and nothing of
     them returns except the model's weights. A tensor in shared memory is the same in all copies.
 
-    Args:
-        size: How many numbers a message holds at most.
-
     Example:
-        >>> mailbox = Mailbox(2)
-        >>> mailbox.post([1.0, 2.0])
-        >>> mailbox.collect() is None  # a process does not get its own mail
+        >>> results = WorkerResults()
+        >>> results.hand_over({"steps": 3})
+        >>> results.collect() is None  # a process does not get its own result
         True
     """
 
-    def __init__(self, size: int) -> None:
-        # element 0 counts the messages
-        self._shared = torch.zeros(1 + size, dtype=torch.float64)
-        self._shared.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._seen = 0.0
+    def __init__(self) -> None:
+        # how many results were handed over so far, and how long the last one is
+        self._count_and_length = torch.zeros(2, dtype=torch.int64)
+        self._content = torch.zeros(_ROOM, dtype=torch.uint8)
+        self._seen = 0
+        self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Share the memory again: copying and unpickling leave it private."""
         self.__dict__.update(state)
-        self._shared.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._share()
 
-    def post(self, message: Sequence[float]) -> None:
-        """Leave a message for the parent process; a short one is filled up with zeros."""
-        self._shared[1 : 1 + len(message)] = torch.tensor(message, dtype=torch.float64)
-        self._shared[1 + len(message) :] = 0.0
-        self._shared[0] += 1
-        self._seen = float(self._shared[0])
+    def hand_over(self, result: Any) -> None:
+        """Leave tensors and primitives, nested as they like, for the parent process.
 
-    def collect(self) -> list[float] | None:
-        """Return the message that another process left since the last look, if any."""
-        serial = float(self._shared[0])
-        if serial == self._seen:
+        Raises:
+            ValueError: If there is no room for so many.
+        """
+        file = BytesIO()
+        torch.save(result, file)
+        length = file.tell()
+        if length > _ROOM:
+            raise ValueError(
+                f"results of {length:,} bytes are too large to come home from spawned processes, which have room for "
+                f"{_ROOM:,}; use `strategy='ddp'`."
+            )
+        self._content[:length] = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        self._seen = int(self._count_and_length[0]) + 1
+        self._count_and_length.copy_(torch.tensor([self._seen, length]))
+
+    def collect(self) -> Any:
+        """Return the result that another process left since the last look; None if there is none."""
+        count, length = self._count_and_length.tolist()
+        if count == self._seen:
             return None
-        self._seen = serial
-        return [float(value) for value in self._shared[1:]]
+        self._seen = count
+        return torch.load(BytesIO(self._content[:length].numpy().tobytes()), weights_only=True)
+
+    def _share(self) -> None:
+        for tensor in (self._count_and_length, self._content):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -6,11 +6,9 @@ import math
 from dataclasses import asdict
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_wn.batch_size.learning_rate import (
     LearningRateRule,
@@ -19,6 +17,7 @@ from lightning_wn.batch_size.learning_rate import (
     needs_noise_scale,
 )
 from lightning_wn.callbacks.adaptive_batch_size.checks import (
+    check_clock,
     check_counting,
     check_schedule_alone,
     check_steps,
@@ -26,20 +25,21 @@ from lightning_wn.callbacks.adaptive_batch_size.checks import (
     require_accumulation,
     require_alone,
     require_learning_rates,
+    require_noise_scale,
     require_one_backward_pass,
     require_reachable_start,
+    warn_of_approximate,
     warn_of_steps,
 )
+from lightning_wn.callbacks.adaptive_batch_size.counting import TrainedOn
 from lightning_wn.callbacks.adaptive_batch_size.rule import AccumulationRule
 from lightning_wn.callbacks.adaptive_batch_size.schedule import AccumulationSchedule, ScheduleUnit
 from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.callbacks.scheduler_clock import SchedulerClock
 from lightning_wn.callbacks.whole_windows import WholeWindows
-from lightning_wn.callbacks.worker_results import Mailbox
-from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.callbacks.worker_results import WorkerResults
+from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 from lightning_wn.trainer import is_log_step, log_interval, log_metrics, require_lightning_trainer, step_to_log
-
-_CLOCKS = ("auto", "batches", "steps")
 
 
 class AdaptiveBatchSizeCallback(WholeWindows):
@@ -136,15 +136,11 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         check_learning_rate_rule(learning_rate)
         check_steps("every_n_steps", every_n_steps, 1)
         check_steps("warmup_steps", warmup_steps, 0)
-        if scheduler_clock not in _CLOCKS:
-            raise ValueError(f"`scheduler_clock` must be one of {list(_CLOCKS)}, got {scheduler_clock!r}.")
-        self._schedule: AccumulationSchedule | None = None
+        check_clock(scheduler_clock)
+        self._schedule = None if schedule is None else AccumulationSchedule(schedule, schedule_by)
         if schedule is not None:
-            self._schedule = AccumulationSchedule(schedule, schedule_by)
-            check_schedule_alone(
-                AdaptiveBatchSizeCallback,
-                asdict(self._rule) | {"every_n_steps": every_n_steps, "warmup_steps": warmup_steps},
-            )
+            other = asdict(self._rule) | {"every_n_steps": every_n_steps, "warmup_steps": warmup_steps}
+            check_schedule_alone(AdaptiveBatchSizeCallback, other)
             check_counting(schedule_by, batch_size_fn)
         self.target = target
         self.every_n_steps = every_n_steps
@@ -154,7 +150,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self.batch_size_fn = batch_size_fn
         self.noise_scale_prefix = noise_scale_prefix
         self.prefix = prefix
-        self._mailbox = Mailbox(9)
+        self._worker_results = WorkerResults()
         self._trainer: Trainer | None = None
         self._noise_scale: GradientNoiseScaleCallback | None = None
         self._trainers_own = 1
@@ -162,25 +158,21 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self._factor: int
         self._learning_rate_factor: float
         self._clock: SchedulerClock
-        self._counted_here: float | Tensor
-        self._counted: float
+        self._trained_on: TrainedOn | None
+        self._said_approximate: bool
         self._start_afresh(1)
-
-    # ------------------------------------------------------------------ what users ask
 
     @property
     def accumulate_grad_batches(self) -> int:
         """Micro-batches in an optimizer step of each rank, now or at the end of the last fit."""
-        self._collect_mail()
+        self._collect_results()
         return self._factor
 
     @property
     def learning_rate_factor(self) -> float:
         """What the optimizer's learning rates are multiplied with in its step."""
-        self._collect_mail()
+        self._collect_results()
         return self._learning_rate_factor
-
-    # ------------------------------------------------------------------ life cycle
 
     @property
     def state_key(self) -> str:
@@ -237,8 +229,8 @@ class AdaptiveBatchSizeCallback(WholeWindows):
             self._decide(trainer)
             if self._wanted != self._factor and batch_idx % self._wanted == 0:
                 self._change(trainer)
-        if self._counts:
-            self._counted_here = self._counted_here + count_examples(batch, self.batch_size_fn).total
+        if self._trained_on is not None:
+            self._trained_on.see(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -256,10 +248,10 @@ class AdaptiveBatchSizeCallback(WholeWindows):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizer as it was."""
         self._let_go_of_optimizer()
-        if self._counts:
-            self._pool(trainer, together=True)
+        if self._trained_on is not None:
+            self._trained_on.pool(trainer, together=True)
         if trainer.local_rank == 0:
-            self._post_mail()
+            self._worker_results.hand_over(self._state())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizer and the Trainer as they were, also in the middle of a step."""
@@ -270,14 +262,13 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         """Give the Trainer its own factor back, after all other callbacks have ended."""
         self._let_go_of_trainer(trainer)
 
-    # ------------------------------------------------------------------ checkpoints
-
     def state_dict(self) -> dict[str, Any]:
         """Return primitives; sums up what was counted unless the run was interrupted."""
-        self._collect_mail()
-        if self._trainer is not None and self._counts:
+        self._collect_results()
+        if self._trainer is not None and self._trained_on is not None:
             # after an exception a rank may be gone, and waiting for it would lose the checkpoint
-            self._pool(self._trainer, together=self._trainer.state.status != TrainerStatus.INTERRUPTED)
+            together = self._trainer.state.status != TrainerStatus.INTERRUPTED
+            self._trained_on.pool(self._trainer, together=together)
         return self._state()
 
     def _state(self) -> dict[str, Any]:
@@ -288,7 +279,7 @@ class AdaptiveBatchSizeCallback(WholeWindows):
             "learning_rate_factor": self._learning_rate_factor,
             "last_change": self._last_change,
             "looks": self._looks,
-            "counted": self._counted,
+            "counted": 0.0 if self._trained_on is None else self._trained_on.total,
             "scheduler_steps": [self._clock.in_epoch, self._clock.behind],
         }
 
@@ -303,11 +294,10 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self._learning_rate_factor = state_dict["learning_rate_factor"]
         self._last_change = state_dict["last_change"]
         self._looks = state_dict["looks"]
-        self._counted = state_dict["counted"]
+        if self._trained_on is not None:
+            self._trained_on.total = state_dict["counted"]
         self._clock = SchedulerClock(state_dict["first"])
         self._clock.in_epoch, self._clock.behind = state_dict["scheduler_steps"]
-
-    # ------------------------------------------------------------------ what to change
 
     def _decide(self, trainer: Trainer) -> None:
         if self._schedule is not None:
@@ -323,7 +313,9 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         assert self._noise_scale is not None
         estimate = self._noise_scale.estimate()
         if estimate.approximate and estimate.num_measurements:
-            self._say_approximate()
+            if not self._said_approximate:
+                self._said_approximate = True
+                warn_of_approximate()
             return
         self._wanted = self._rule.next_factor(
             self._factor,
@@ -338,8 +330,9 @@ class AdaptiveBatchSizeCallback(WholeWindows):
             return float(trainer.global_step)
         if unit == "epoch":
             return float(trainer.current_epoch)
-        self._pool(trainer, together=True)
-        return self._counted
+        assert self._trained_on is not None
+        self._trained_on.pool(trainer, together=True)
+        return self._trained_on.total
 
     def _change(self, trainer: Trainer) -> None:
         old, self._factor = self._factor, self._wanted
@@ -347,7 +340,8 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         self._last_change = trainer.global_step
         noise_scale = math.nan
         if needs_noise_scale(self.learning_rate):
-            noise_scale = self._noise_scale_in_micro_batches(trainer)
+            assert self._noise_scale is not None
+            noise_scale = require_noise_scale(self._noise_scale, self.learning_rate, trainer.global_step)
         self._learning_rate_factor = learning_rate_factor(
             self.learning_rate, self._clock.first, self._factor, noise_scale
         )
@@ -358,48 +352,18 @@ class AdaptiveBatchSizeCallback(WholeWindows):
             f"{trainer.global_step} on; learning rate x{self._learning_rate_factor:.3g} of what you set."
         )
 
-    def _noise_scale_in_micro_batches(self, trainer: Trainer) -> float:
-        assert self._noise_scale is not None
-        noise_scale = self._noise_scale.estimate().noise_scale / self._noise_scale.micro_batch_size
-        if math.isnan(noise_scale):
-            raise RuntimeError(
-                f"`learning_rate={self.learning_rate!r}` goes by the noise scale, and none was measured before the "
-                f"schedule changed the batch size at optimizer step {trainer.global_step}; let the schedule begin "
-                "later, lower `log_every_n_steps`, or use `learning_rate='sqrt'` or 'linear'."
-            )
-        return noise_scale
-
-    # ------------------------------------------------------------------ inside
-
     def _start_afresh(self, factor: int) -> None:
-        self._mailbox.collect()
+        self._worker_results.collect()
         self._factor = factor
         self._wanted = factor
         self._learning_rate_factor = 1.0
         self._last_change = 0
         self._looks = False
-        self._counted = 0.0
-        self._counted_here = 0.0
+        counts = self._schedule is not None and self._schedule.unit in ("examples", "tokens")
+        self._trained_on = TrainedOn(self.batch_size_fn) if counts else None
         self._clock = SchedulerClock(factor)
         self._stepped = False
         self._said_approximate = False
-
-    @property
-    def _counts(self) -> bool:
-        return self._schedule is not None and self._schedule.unit in ("examples", "tokens")
-
-    def _pool(self, trainer: Trainer, *, together: bool) -> None:
-        """Add what was counted since the last time, over all ranks; without them, as if all had counted the same."""
-        counted = float(self._counted_here)
-        self._counted_here = 0.0
-        if trainer.world_size > 1:
-            replicas = trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # type: ignore[attr-defined]  # of all with ranks
-            if together:
-                here = torch.tensor(counted, dtype=torch.float64, device=trainer.strategy.root_device)
-                counted = float(trainer.strategy.reduce(here, reduce_op="sum")) / trainer.world_size
-            # ranks of tensor parallelism share their batches
-            counted *= replicas
-        self._counted += counted
 
     def _let_go_of_trainer(self, trainer: Trainer) -> None:
         # StochasticWeightAveraging puts back in `on_train_end` what it found
@@ -411,42 +375,20 @@ class AdaptiveBatchSizeCallback(WholeWindows):
         return self.scheduler_clock == "batches" or (self.scheduler_clock == "auto" and trainer.max_steps == -1)
 
     def _log(self, trainer: Trainer) -> None:
-        values = {
-            "accumulate_grad_batches": float(self._factor),
-            "learning_rate_factor": self._learning_rate_factor,
-        }
-        micro_batch = math.nan if self._noise_scale is None else self._noise_scale.micro_batch_size
-        if micro_batch > 0.0:
-            assert self._noise_scale is not None
-            values["batch_size"] = self._factor * micro_batch
-            values["target_batch_size"] = self._wanted * micro_batch
+        values = {"accumulate_grad_batches": float(self._factor), "learning_rate_factor": self._learning_rate_factor}
+        noise_scale = self._noise_scale
+        if noise_scale is not None and (micro_batch := noise_scale.micro_batch_size) > 0.0:
+            wished = self._wanted * micro_batch
             if self._schedule is None:
-                estimate = self._noise_scale.estimate()
-                values["target_batch_size"] = self._rule.wished_batch_size(
+                estimate = noise_scale.estimate()
+                wished = self._rule.wished_batch_size(
                     self._factor, micro_batch=micro_batch, lower=estimate.lower, upper=estimate.upper
                 )
+            values |= {"batch_size": self._factor * micro_batch, "target_batch_size": wished}
         log_metrics(trainer, {f"{self.prefix}/{key}": value for key, value in values.items()}, step_to_log(trainer))
 
-    def _post_mail(self) -> None:
-        state = self._state()
-        clock = state.pop("scheduler_steps")
-        self._mailbox.post([*map(float, state.values()), *map(float, clock)])
-
-    def _collect_mail(self) -> None:
+    def _collect_results(self) -> None:
         """Take over the result of a fit that ran in a spawned or forked process."""
-        mail = self._mailbox.collect()
-        if mail is None:
-            return
-        *numbers, in_epoch, behind = mail
-        # each number is again of the type that it has here
-        kinds = {name: type(value) for name, value in self._state().items() if name != "scheduler_steps"}
-        state: dict[str, Any] = {name: kind(x) for (name, kind), x in zip(kinds.items(), numbers, strict=True)}
-        self._take_over(state | {"scheduler_steps": [int(in_epoch), int(behind)]})
-
-    def _say_approximate(self) -> None:
-        if not self._said_approximate:
-            self._said_approximate = True
-            rank_zero_warn(
-                "`AdaptiveBatchSizeCallback` does not follow an approximate noise scale, as the probe 'consecutive' "
-                "gives it; start with `Trainer(accumulate_grad_batches=2)` or more and `probe='auto'`, which is exact."
-            )
+        result = self._worker_results.collect()
+        if result is not None:
+            self._take_over(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_wn.arguments import is_whole
 from lightning_wn.callbacks.adaptive_batch_size.rule import AccumulationRule
 from lightning_wn.callbacks.adaptive_batch_size.schedule import AccumulationSchedule
 from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
@@ -21,8 +23,14 @@ from lightning_wn.trainer import callbacks_of
 
 def check_steps(name: str, value: object, least: int) -> None:
     """Raise ValueError unless a number of optimizer steps is a whole number, ``least`` or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_whole(value, least):
         raise ValueError(f"`{name}` must be a whole number of optimizer steps, {least} or more, got {value!r}.")
+
+
+def check_clock(scheduler_clock: str) -> None:
+    """Raise ValueError for a clock that there is not."""
+    if scheduler_clock not in (clocks := ["auto", "batches", "steps"]):
+        raise ValueError(f"`scheduler_clock` must be one of {clocks}, got {scheduler_clock!r}.")
 
 
 def check_schedule_alone(callback_type: type[Callback], given: Mapping[str, Any]) -> None:
@@ -117,6 +125,18 @@ def find_noise_scale(trainer: Trainer, prefix: str | None, *, needed: bool) -> G
     )
 
 
+def require_noise_scale(callback: GradientNoiseScaleCallback, learning_rate: str, step: int) -> float:
+    """Return the noise scale in micro-batches; raise RuntimeError if none was measured before this optimizer step."""
+    noise_scale = callback.estimate().noise_scale / callback.micro_batch_size
+    if math.isnan(noise_scale):
+        raise RuntimeError(
+            f"`learning_rate={learning_rate!r}` goes by the noise scale, and none was measured before the schedule "
+            f"changed the batch size at optimizer step {step}; let the schedule begin later, lower "
+            "`log_every_n_steps`, or use `learning_rate='sqrt'` or 'linear'."
+        )
+    return noise_scale
+
+
 def require_reachable_start(own: int, rule: AccumulationRule, schedule: AccumulationSchedule | None) -> None:
     """Raise ValueError if the Trainer's own ``accumulate_grad_batches`` contradicts the arguments."""
     if schedule is not None:
@@ -158,3 +178,11 @@ def warn_of_steps(trainer: Trainer, *, by_batches: bool, shrinks: bool) -> None:
             "for Lightning steps them at every optimizer step; use `interval='epoch'`, or start with a lower "
             "`accumulate_grad_batches`."
         )
+
+
+def warn_of_approximate() -> None:
+    """Warn that an approximate noise scale is not followed."""
+    rank_zero_warn(
+        "`AdaptiveBatchSizeCallback` does not follow an approximate noise scale, as the probe 'consecutive' gives it; "
+        "start with `Trainer(accumulate_grad_batches=2)` or more and `probe='auto'`, which is exact."
+    )

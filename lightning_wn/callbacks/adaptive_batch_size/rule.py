@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_wn.arguments import is_between, is_whole
+
 # factors of many small primes line up with the present windows soon; for that a step may fall so much short
 _GIVEN_UP_FOR_ALIGNMENT = 0.2
 
@@ -42,23 +44,21 @@ class AccumulationRule:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not 0.0 < self.target < math.inf:
+        if not is_between(self.target, 0.0):
             raise ValueError(
                 f"`target` must be a positive fraction of the noise scale, got {self.target!r}; 0.1 costs 10 % more "
                 "examples than the fewest possible, 1.0 twice as many."
             )
-        if not _is_factor(self.min_accumulate):
+        if not is_whole(self.min_accumulate):
             raise ValueError(
                 f"`min_accumulate` must be a positive whole number of micro-batches, got {self.min_accumulate!r}."
             )
-        if self.max_accumulate is not None and not (
-            _is_factor(self.max_accumulate) and self.max_accumulate >= self.min_accumulate
-        ):
+        if self.max_accumulate is not None and not is_whole(self.max_accumulate, self.min_accumulate):
             raise ValueError(
                 f"`max_accumulate` must be a whole number of micro-batches not below "
                 f"`min_accumulate={self.min_accumulate}`, or None for no bound, got {self.max_accumulate!r}."
             )
-        if not 1.0 < self.growth < math.inf:
+        if not is_between(self.growth, 1.0):
             raise ValueError(f"`growth` must be a finite factor above 1, got {self.growth!r}; 2.0 doubles at most.")
         if not 0.0 <= self.hysteresis < math.inf:
             raise ValueError(
@@ -126,7 +126,3 @@ class AccumulationRule:
             last = min(present - 1, math.floor(limit * (1.0 + _GIVEN_UP_FOR_ALIGNMENT)))
             return min(range(limit, last + 1), key=lambda factor: math.lcm(factor, present))
         return present
-
-
-def _is_factor(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

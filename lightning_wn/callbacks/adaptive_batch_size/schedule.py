@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from lightning_wn.arguments import is_whole
+
 ScheduleUnit = Literal["step", "epoch", "examples", "tokens"]
 
 
@@ -29,7 +31,7 @@ class AccumulationSchedule:
     def __init__(self, factors: Mapping[int, int], unit: ScheduleUnit) -> None:
         if unit not in get_args(ScheduleUnit):
             raise ValueError(f"`schedule_by` must be one of {list(get_args(ScheduleUnit))}, got {unit!r}.")
-        wrong = [pair for pair in factors.items() if not (_is_whole(pair[0], 0) and _is_whole(pair[1], 1))]
+        wrong = [pair for pair in factors.items() if not (is_whole(pair[0], 0) and is_whole(pair[1], 1))]
         if wrong or not factors:
             found = f"{wrong[0][0]!r}: {wrong[0][1]!r}" if wrong else "nothing"
             raise ValueError(
@@ -51,7 +53,3 @@ class AccumulationSchedule:
             if position >= start:
                 factor = scheduled
         return factor
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

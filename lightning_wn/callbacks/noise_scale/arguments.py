@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from lightning_wn.arguments import is_between, is_whole
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import PRECONDITIONED
 from lightning_wn.module_selectors import as_selectors
@@ -13,18 +15,15 @@ from lightning_wn.probes.choice import PROBES
 DEFAULT_EMA_DECAY = 0.99
 
 
-def check_cadence(probe: str, every_n_steps: int | None, ema_decay: float, half_life_steps: float | None) -> None:
+def check_cadence(probe: str, every_n_steps: object, ema_decay: float, half_life_steps: float | None) -> None:
     """Raise ValueError for a probe, a cadence or a memory that there is not."""
     if probe != "auto" and probe not in PROBES:
         raise ValueError(f"`probe` must be one of {['auto', *PROBES]}, got {probe!r}; 'auto' chooses.")
-    if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-        raise ValueError(
-            f"`every_n_steps` must be a positive whole number of optimizer steps or None, got {every_n_steps!r}; "
-            "None measures one step in 10."
-        )
+    _check_steps("every_n_steps", every_n_steps, "None measures one step in 10")
     check_ema_decay(ema_decay)
     if half_life_steps is not None:
-        if not half_life_steps > 0:
+        # an infinite one forgets nothing
+        if not (is_between(half_life_steps, 0.0) or half_life_steps == math.inf):
             raise ValueError(
                 f"`half_life_steps` must be a positive number of optimizer steps, got {half_life_steps!r}."
             )
@@ -35,7 +34,7 @@ def check_cadence(probe: str, every_n_steps: int | None, ema_decay: float, half_
             )
 
 
-def check_choice(layers: Any, groups: Any, curvature_every_n_steps: int | None) -> None:
+def check_choice(layers: Any, groups: Any, curvature_every_n_steps: object) -> None:
     """Raise ValueError for parameters that cannot be named so, and for a cadence of the curvature that there is not."""
     if layers is not None:
         as_selectors("layers", layers)
@@ -46,9 +45,9 @@ def check_choice(layers: Any, groups: Any, curvature_every_n_steps: int | None) 
                 f"'{PRECONDITIONED}' and '{CURVATURE}', without a slash."
             )
         as_selectors(f"groups[{name!r}]", selection)
-    every = curvature_every_n_steps
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(
-            f"`curvature_every_n_steps` must be a positive whole number of optimizer steps or None, got {every!r}; "
-            "1000 adds about 1 % to training time."
-        )
+    _check_steps("curvature_every_n_steps", curvature_every_n_steps, "1000 adds about 1 % to training time")
+
+
+def _check_steps(name: str, value: object, hint: str) -> None:
+    if value is not None and not is_whole(value):
+        raise ValueError(f"`{name}` must be a positive whole number of optimizer steps or None, got {value!r}; {hint}.")

@@ -1,52 +1,30 @@
-"""The Lightning callback: wires a probe to the metric and the metric to the logger."""
+"""The Lightning callback: what users ask it, and at which hook of a run each of its parts has its turn."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wn.arguments import check_confidence
-from lightning_wn.batch_size.advice import BatchSizeAdvice, RunConfiguration, advise_batch_size
+from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.callbacks.noise_scale.arguments import DEFAULT_EMA_DECAY, check_cadence, check_choice
-from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
-from lightning_wn.callbacks.noise_scale.measurements import (
-    ResultsByMail,
-    measurement_state,
-    metric_state,
-    restore_measurement,
-    restore_metric,
-)
-from lightning_wn.callbacks.noise_scale.optimizer_measurement import OptimizerMeasurement, ParameterChoice
+from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
+from lightning_wn.callbacks.noise_scale.measurements import Measurements
+from lightning_wn.callbacks.noise_scale.optimizer_measurement import ParameterChoice
+from lightning_wn.callbacks.noise_scale.probe_choice import ProbeChoice
 from lightning_wn.callbacks.noise_scale.run_watch import RunWatch
-from lightning_wn.callbacks.noise_scale.summary import WARNINGS, fit_summary
+from lightning_wn.callbacks.worker_results import WorkerResults
 from lightning_wn.module_selectors import ModuleSelector
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.noise_scale.drawing import import_pyplot
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.metric import GradientNoiseScale, synchronize_together
-from lightning_wn.noise_scale.samples import Rejection
-from lightning_wn.probes.choice import PROBES, choose_probe
-from lightning_wn.probes.micro_batch import MicroBatchProbe
-from lightning_wn.probes.requirements import require_dense_gradients
-from lightning_wn.reports.logged_history import LoggedHistory
-from lightning_wn.reports.loggers import add_margin_chart, log_figure_to
-from lightning_wn.trainer import (
-    first_accumulation,
-    is_log_step,
-    log_interval,
-    log_metrics,
-    require_lightning_trainer,
-    step_to_log,
-)
+from lightning_wn.trainer import is_log_step, require_lightning_trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,16 +137,25 @@ class GradientNoiseScaleCallback(Callback):
         self.curvature_every_n_steps = curvature_every_n_steps
         self.log_figure = log_figure
         self._choice = ParameterChoice(layers=layers, groups=dict(groups or {}), preconditioned=preconditioned)
-        self._mail = ResultsByMail(self._choice)
+        self._worker_results = WorkerResults()
         self._trainer: Trainer | None = None
-        self._restored_every_n_steps: int | None
-        self._restored_probe: str | None
         self._restores = True
         self._fitting = False
-        self._measurements: list[OptimizerMeasurement]
         self._start_afresh()
 
-    # ------------------------------------------------------------------ what users ask
+    def _start_afresh(self) -> None:
+        self._stepped = False
+        self._watch = RunWatch()
+        self._measurements = Measurements(
+            self._choice,
+            self._worker_results,
+            probe=self.probe,
+            every_n_steps=self.every_n_steps,
+            curvature_every_n_steps=self.curvature_every_n_steps,
+            metric_settings={"ema_decay": self.ema_decay, "confidence": self.confidence, "unit": self.unit},
+        )
+        self._probe_choice = ProbeChoice(self.probe, self._measurements, half_life_steps=self.half_life_steps)
+        self._log = NoiseScaleLog(self.prefix, self._measurements, self._watch)
 
     def estimate(self, optimizer: int | None = None, group: str | None = None) -> NoiseScaleEstimate:
         """Return an estimate as of the last synchronisation (log step, checkpoint, end of training).
@@ -183,14 +170,7 @@ class GradientNoiseScaleCallback(Callback):
         Raises:
             ValueError: If there is no such optimizer or group, or several optimizers and none is named.
         """
-        self._collect_mail()
-        measurement = self._measurements[self._index_of(optimizer)]
-        if group == CURVATURE and self._curvature is not None:
-            return self._curvature.estimate()
-        names = self._groups
-        if group is not None and group not in names:
-            raise ValueError(f"`group` must be None or one of {list(names)}, got {group!r}; None is the total.")
-        return measurement.estimate(group)
+        return self._measurements.estimate(optimizer, group)
 
     def estimates(self) -> dict[str, NoiseScaleEstimate]:
         """Return all estimates, by what stands between ``prefix`` and the last part of their logged keys.
@@ -198,13 +178,7 @@ class GradientNoiseScaleCallback(Callback):
         ``"total"`` is that of all measured parameters. With several optimizers each name starts with
         ``"optimizer_0/"`` and so on.
         """
-        self._collect_mail()
-        found = {}
-        for index in range(len(self._measurements)):
-            start = self._start_of_key(index)
-            for group in (None, *self._groups):
-                found[start + (group or "total")] = self.estimate(index, group)
-        return found
+        return self._measurements.estimates()
 
     def advise(
         self, optimizer: int | None = None, *, target: float = 1.0, price_per_device_hour: float | None = None
@@ -222,26 +196,15 @@ class GradientNoiseScaleCallback(Callback):
         Raises:
             ValueError: If there are several optimizers and none is named, or a number is not positive.
         """
-        estimate = self.estimate(optimizer)
-        # of the step that the batch size is of, whatever the Trainer's factor has become since
-        index = self._index_of(optimizer)
-        measurement = self._measurements[index]
-        micro_batches, ranks = measurement.metric.micro_batches_and_ranks
-        run = RunConfiguration(accumulate_grad_batches=micro_batches // ranks, num_ranks=ranks) if ranks else None
-        return advise_batch_size(
-            estimate,
-            run or RunConfiguration(),
-            self._watch.observed(
-                index, every_n_steps=measurement.every_n_steps, ema_decay=measurement.metric.ema_decay
-            ),
-            target=target,
-            price_per_device_hour=price_per_device_hour,
+        index = self._measurements.index_of(optimizer)
+        return self._watch.advise(
+            self._measurements[index], index, target=target, price_per_device_hour=price_per_device_hour
         )
 
     def plot(
         self, optimizer: int | None = None, *, target: float = 1.0, theme: Literal["light", "dark"] = "light"
     ) -> Figure:
-        """Draw what was measured and what it advises, in four panels; see :func:`~.run_plots.plot_run`.
+        """Draw what was measured and what it advises, in four panels; see :func:`~.run_figure.plot_run`.
 
         Args:
             optimizer: Position among the LightningModule's optimizers; None is the only one.
@@ -255,20 +218,12 @@ class GradientNoiseScaleCallback(Callback):
             ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
             ValueError: If nothing was measured yet, or as in :meth:`advise`.
         """
-        from lightning_wn.reports.run_figure import plot_run  # noqa: PLC0415 - matplotlib is optional
-
-        advice = self.advise(optimizer, target=target)
-        start = self._prefix_of(self._index_of(optimizer))
-        return plot_run(self._history.of(start, advice.estimate), advice, prefix=start, theme=theme)
+        index = self._measurements.index_of(optimizer)
+        return self._log.plot(index, self.advise(index, target=target), theme)
 
     def reset(self) -> None:
         """Forget all measurements, for instance after a change of the learning rate; on every rank."""
-        self._mail.collect()
-        for metric in self._metrics:
-            metric.reset()
-        self._last_logged_step = -1
-
-    # ------------------------------------------------------------------ what other callbacks ask and say
+        self._measurements.reset()
 
     @property
     def micro_batch_size(self) -> float:
@@ -276,10 +231,7 @@ class GradientNoiseScaleCallback(Callback):
 
         Of the last full optimizer step that was measured, as of the last synchronisation.
         """
-        self._collect_mail()
-        metric = self._measurements[0].metric
-        micro_batches, ranks = metric.micro_batches_and_ranks
-        return metric.estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
+        return self._measurements.micro_batch_size
 
     def gradients_were_scaled(self, factor: float) -> None:
         """Say that the gradients of the step under way were multiplied by a factor, in ``on_before_optimizer_step``.
@@ -290,8 +242,6 @@ class GradientNoiseScaleCallback(Callback):
         for measurement in self._measurements:
             measurement.gradient_factor = factor
 
-    # ------------------------------------------------------------------ life cycle
-
     @property
     def state_key(self) -> str:
         """Key of the callback's state in a checkpoint, one for each prefix and probe."""
@@ -300,7 +250,7 @@ class GradientNoiseScaleCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what is known before training, and start afresh."""
         # `test(ckpt_path="best")` after a fit must not put an earlier estimate in the place of the last one
-        self._restores = stage == "fit" or not self._has_measured()
+        self._restores = stage == "fit" or not self._measurements.has_measured
         self._fitting = stage == "fit"
         if not self._fitting:
             return
@@ -309,45 +259,34 @@ class GradientNoiseScaleCallback(Callback):
             import_pyplot()  # not only at the end that matplotlib is missing
         # Lightning restores the state after this hook
         self._start_afresh()
-        self._accumulation = first_accumulation(trainer)
-        self._choose_probe(trainer, pl_module, wrapped=False)
+        self._probe_choice.choose(trainer, pl_module, wrapped=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is known once the model is wrapped and the optimizer exists."""
-        # a restored state may have brought some already
-        for _ in trainer.optimizers[len(self._measurements) :]:
-            self._measurements.append(self._new_measurement())
-        for measurement, optimizer in zip(self._measurements, trainer.optimizers, strict=False):
-            measurement.attach(optimizer, pl_module, alone=len(trainer.optimizers) == 1)
+        self._measurements.attach(trainer.optimizers, pl_module)
         # layers that setup or configure_model built were not there before
-        self._choose_probe(trainer, pl_module, wrapped=True)
-        if self._curvature is not None:
-            self._curvature.require_measurable(trainer, pl_module)
+        self._probe_choice.choose(trainer, pl_module, wrapped=True)
+        if self._measurements.curvature is not None:
+            self._measurements.curvature.require_measurable(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the run; a checkpoint has been restored by now under every strategy."""
         self._trainer = trainer
         self._watch.start(trainer, pl_module)
-        # a checkpoint of a run with more optimizers is none of this one's
-        del self._measurements[max(len(trainer.optimizers), 1) :]
-        if self._restored_probe is None:
-            self._settle_probe()
+        self._measurements.keep(len(trainer.optimizers))
+        self._probe_choice.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
         self._watch.start_batch(trainer, batch_idx)
         self._stepped = False
-        if self._restored_probe is not None:
-            self._go_on_from_checkpoint(trainer, pl_module, self._restored_probe)
-        elif trainer.accumulate_grad_batches != self._accumulation and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._choose_probe_anew(trainer, pl_module)
-        if self._curvature is not None:
+        self._probe_choice.start_batch(trainer, pl_module, batch_idx)
+        if self._measurements.curvature is not None:
             # before the probe watches the forward pass: the copy of the model has its hooks, too
-            self._curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
-        measuring = False
+            self._measurements.curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
         for measurement in self._measurements:
             measurement.start_batch(trainer, pl_module, batch_idx)
-            measuring |= measurement.measuring
+        measuring = any(measurement.measuring for measurement in self._measurements)
         self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
@@ -380,11 +319,10 @@ class GradientNoiseScaleCallback(Callback):
         if not self._stepped:
             return
         self._watch.after_step(trainer)
-        self._step_to_log = step_to_log(trainer)
+        self._log.note_step(trainer)
         if is_log_step(trainer):
             self._synchronize(trainer)
-            if log_interval(trainer):
-                self._log(trainer)
+            self._log.write(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave validation out of the run's times."""
@@ -396,31 +334,15 @@ class GradientNoiseScaleCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Synchronise, log and print the last estimate, and leave no hook behind."""
-        self._detach()
+        self._measurements.detach()
         self._watch.end(trainer)
         self._synchronize(trainer)
-        if log_interval(trainer):
-            self._log(trainer)
+        self._log.write(trainer)
         if self.log_figure and trainer.is_global_zero:
-            self._log_figures(trainer)
+            self._log.write_figures(trainer)
         if trainer.local_rank == 0:
-            self._mail.post(self._measurements, self._metrics)
-        for index, measurement in enumerate(self._measurements):
-            summary = fit_summary(
-                measurement.estimate(),
-                self.advise(index),
-                measurement.metric.rejected,
-                measurement.every_n_steps,
-                optimizer=index if len(self._measurements) > 1 else None,
-                others={group: self.estimate(index, group) for group in self._groups},
-            )
-            rank_zero_info(f"\n{summary}")
-        if not self._has_measured():
-            rank_zero_warn(
-                "`GradientNoiseScaleCallback` measured nothing: no optimizer step that it looked at had two usable "
-                "gradient samples; train for more steps, lower `every_n_steps`, or let an epoch have at least two "
-                "batches per optimizer step."
-            )
+            self._measurements.hand_over()
+        self._log.say_result()
         self._trainer = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -429,31 +351,20 @@ class GradientNoiseScaleCallback(Callback):
         if self._trainer is not None and trainer.world_size == 1:
             with contextlib.suppress(RuntimeError):  # a broken device; its own error must come through
                 self._synchronize(trainer)
-        self._detach()
+        self._measurements.detach()
         self._trainer = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer."""
         self._trainer = None
 
-    # ------------------------------------------------------------------ checkpoints
-
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; synchronises first unless the run was interrupted."""
-        self._collect_mail()
         trainer = self._trainer
-        if trainer is not None:
-            # after an exception a rank may be gone, and waiting for it would lose the checkpoint
-            interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
-            if not interrupted or trainer.world_size == 1:
-                self._synchronize(trainer)
-        return {
-            "every_n_steps": self._measurements[0].every_n_steps,
-            "probe": self._probe_name,
-            "optimizers": [measurement_state(measurement) for measurement in self._measurements],
-            "history": self._history.state_dict(),
-            "curvature": None if self._curvature is None else metric_state(self._curvature.metric, (CURVATURE,)),
-        }
+        # after an exception a rank may be gone, and waiting for it would lose the checkpoint
+        if trainer is not None and (trainer.world_size == 1 or trainer.state.status != TrainerStatus.INTERRUPTED):
+            self._synchronize(trainer)
+        return self._measurements.state_dict() | {"history": self._log.history.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, except where a model is only evaluated after this callback measured.
@@ -462,196 +373,9 @@ class GradientNoiseScaleCallback(Callback):
         """
         if not self._restores:
             return
-        saved = state_dict["optimizers"]
-        self._history.load_state_dict(state_dict.get("history", {}))
-        self._restored_probe = state_dict["probe"]
-        if not self._fitting:
-            # what was measured, and by what; a fit finds out for itself
-            self._probe_name = state_dict["probe"]
-            self._measurements = []
-        for _ in saved[len(self._measurements) :]:
-            self._measurements.append(self._new_measurement())
-        for measurement, state in zip(self._measurements, saved, strict=False):
-            restore_measurement(measurement, state, with_coverage=not self._fitting)
-        if self._curvature is not None and state_dict["curvature"] is not None:
-            restore_metric(self._curvature.metric, (CURVATURE,), state_dict["curvature"])
-        self._restored_every_n_steps = state_dict["every_n_steps"]
-
-    # ------------------------------------------------------------------ inside
-
-    @property
-    def _groups(self) -> tuple[str, ...]:
-        """What is measured beside the total."""
-        return (*self._choice.names, *([CURVATURE] if self._curvature is not None else []))
-
-    @property
-    def _metrics(self) -> list[GradientNoiseScale]:
-        own = [self._curvature.metric] if self._curvature is not None else []
-        return [measurement.metric for measurement in self._measurements] + own
-
-    def _start_afresh(self) -> None:
-        self._mail.collect()
-        self._watch = RunWatch()
-        self._history = LoggedHistory()
-        self._curvature = None
-        if self.curvature_every_n_steps is not None:
-            metric = GradientNoiseScale(ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit)
-            self._curvature = CurvatureMeasurement(self.curvature_every_n_steps, metric)
-        self._probe_name = MicroBatchProbe.name if self.probe == "auto" else self.probe
-        self._measurements = [self._new_measurement()]
-        self._accumulation = 1
-        self._restored_every_n_steps = None
-        self._restored_probe = None
-        self._stepped = False
-        self._step_to_log = -1
-        self._last_logged_step = -1
-        self._warned: set[Rejection] = set()
-
-    def _new_measurement(self) -> OptimizerMeasurement:
-        metric = GradientNoiseScale(
-            ema_decay=self.ema_decay, confidence=self.confidence, unit=self.unit, groups=self._choice.names
-        )
-        measurement = OptimizerMeasurement(self._choice, metric, PROBES[self._probe_name]())
-        measurement.every_n_steps = self.every_n_steps or measurement.every_n_steps
-        return measurement
-
-    def _index_of(self, optimizer: int | None) -> int:
-        count = len(self._measurements)
-        if optimizer is None and count > 1:
-            raise ValueError(
-                f"`optimizer` must be named where there are several, each with a noise scale of its own; give one of "
-                f"{list(range(count))}, or use `estimates()` for all."
-            )
-        index = optimizer or 0
-        if not 0 <= index < count:
-            raise ValueError(f"`optimizer` must be None or one of {list(range(count))}, got {optimizer!r}.")
-        return index
-
-    def _start_of_key(self, optimizer: int) -> str:
-        return f"optimizer_{optimizer}/" if len(self._measurements) > 1 else ""
-
-    def _prefix_of(self, optimizer: int) -> str:
-        return f"{self.prefix}/{self._start_of_key(optimizer)}".rstrip("/")
-
-    def _has_measured(self) -> bool:
-        self._collect_mail()
-        return any(measurement.metric.num_measurements for measurement in self._measurements)
-
-    def _choose_probe(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
-        require_dense_gradients(pl_module)
-        self._probe_name = choose_probe(self.probe, trainer, pl_module, self._accumulation)
-        for measurement in self._measurements:
-            if self._probe_name != measurement.probe.name:
-                measurement.take_probe(PROBES[self._probe_name]())
-            if self.preconditioned and not measurement.probe.can_precondition:
-                raise ValueError(
-                    f"`preconditioned=True` needs the whole denominator of the optimizer, and the probe "
-                    f"{self._probe_name!r} sees one shard of it on each rank; use DDP, or `preconditioned=False`."
-                )
-            measurement.probe.require_readable(trainer, pl_module, wrapped=wrapped)
-
-    def _go_on_from_checkpoint(self, trainer: Trainer, pl_module: LightningModule, before: str) -> None:
-        """Take the probe that fits how a resumed run goes on, once all callbacks have settled that."""
-        self._restored_probe = None
-        if trainer.accumulate_grad_batches != self._accumulation:
-            self._accumulation = trainer.accumulate_grad_batches
-            self._choose_probe(trainer, pl_module, wrapped=True)
-        if before != self._probe_name:
-            self._restored_every_n_steps = None
-            self._keep_what_fits(before)
-        self._settle_probe()
-
-    def _choose_probe_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow a change of the accumulation factor, on every rank alike."""
-        self._accumulation = trainer.accumulate_grad_batches
-        name = choose_probe(self.probe, trainer, pl_module, self._accumulation)
-        if name == self._probe_name:
-            return
-        before, self._probe_name = self._probe_name, name
-        self._keep_what_fits(before)
-        for measurement in self._measurements:
-            probe = PROBES[name]()
-            # training has gone on for a while: it must not stop for a measurement
-            probe.strict = False
-            measurement.take_probe(probe)
-        self._settle_probe()
-
-    def _keep_what_fits(self, before: str) -> None:
-        """Forget what another probe measured if only one of the two is exact: one estimate is either exact or not."""
-        if bool(PROBES[before].approximate) != bool(PROBES[self._probe_name].approximate):
-            for measurement in self._measurements:
-                measurement.metric.reset()
-
-    def _settle_probe(self) -> None:
-        """Set what depends on the probe, and say it where that is approximate."""
-        for measurement in self._measurements:
-            probe = measurement.probe
-            every_n_steps = self.every_n_steps or self._restored_every_n_steps or probe.default_every_n_steps
-            measurement.every_n_steps = every_n_steps
-            if self.half_life_steps is not None:
-                measurement.metric.ema_decay = 0.5 ** (every_n_steps / self.half_life_steps)
-            low_precision = any(p.dtype in (torch.float16, torch.bfloat16) for p in measurement.parameters)
-            # 16-bit gradients are rounded while they accumulate: 8 bits of mantissa, a few additions
-            rounded = low_precision or probe.reduces_in_low_precision
-            measurement.metric.checksum_tolerance = 0.05 if rounded else 0.01
-        # the number belongs to the probe that it was chosen for
-        self._restored_every_n_steps = None
-        probe = self._measurements[0].probe
-        if probe.approximate:
-            rank_zero_warn(
-                f"`GradientNoiseScaleCallback` measures with the probe '{probe.name}', which is approximate: "
-                f"{probe.approximate}."
-            )
-
-    def _detach(self) -> None:
-        for measurement in self._measurements:
-            measurement.detach()
-        if self._curvature is not None:
-            self._curvature.forget_batches()
+        self._log.history.load_state_dict(state_dict["history"])
+        self._measurements.load_state_dict(state_dict, fitting=self._fitting)
+        self._probe_choice.resume_from(state_dict["probe"], state_dict["every_n_steps"])
 
     def _synchronize(self, trainer: Trainer) -> None:
-        before = [metric.rejected for metric in self._metrics]
-        synchronize_together(self._metrics, across_ranks=trainer.world_size > 1)
-        for metric, counts in zip(self._metrics, before, strict=True):
-            for reason, count in metric.rejected.items():
-                if count > counts[reason] and reason in WARNINGS and reason not in self._warned:
-                    self._warned.add(reason)
-                    rank_zero_warn(f"`GradientNoiseScaleCallback`: {WARNINGS[reason]}")
-
-    def _log(self, trainer: Trainer) -> None:
-        if self._step_to_log == self._last_logged_step:
-            return
-        values: dict[str, float] = {}
-        for index in range(len(self._measurements)):
-            for group in (None, *self._groups):
-                estimate = self.estimate(index, group)
-                if not estimate.num_measurements:
-                    continue
-                start = f"{self.prefix}/{self._start_of_key(index)}{group + '/' if group else ''}"
-                metrics = estimate.to_metrics()
-                if group is None:
-                    metrics["suggested_batch_size"] = self.advise(index).suggested_batch_size
-                if estimate.coverage < 1.0:
-                    metrics["coverage"] = estimate.coverage
-                values |= {start + key: value for key, value in metrics.items()}
-        if not values:
-            return
-        self._last_logged_step = self._step_to_log
-        self._history.append(self._step_to_log, values)
-        log_metrics(trainer, values, self._step_to_log)
-
-    def _log_figures(self, trainer: Trainer) -> None:
-        for index, measurement in enumerate(self._measurements):
-            if measurement.metric.num_measurements:
-                name = f"{self._prefix_of(index)}/figure"
-                log_figure_to(trainer.loggers, name, self.plot(index), step=self._step_to_log)
-        add_margin_chart(trainer.loggers, [self._prefix_of(index) for index in range(len(self._measurements))])
-
-    def _collect_mail(self) -> None:
-        """Take over the result of a fit that ran in a spawned or forked process."""
-        letter = self._mail.collect()
-        if letter is None:
-            return
-        self._probe_name = letter.probe
-        self._measurements = [self._new_measurement() for _ in range(letter.num_optimizers)]
-        letter.fill(self._measurements, self._metrics)
+        self._measurements.synchronize(across_ranks=trainer.world_size > 1)

@@ -1,113 +1,232 @@
-"""Measurements on their way: into checkpoints and out of them, and home from worker processes."""
+"""All estimates of a run, by optimizer and group; into checkpoints and out of them, and home from worker processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import OptimizerMeasurement, ParameterChoice
-from lightning_wn.callbacks.worker_results import Mailbox
-from lightning_wn.noise_scale.metric import GradientNoiseScale
+from lightning_wn.callbacks.noise_scale.summary import WARNINGS
+from lightning_wn.callbacks.worker_results import WorkerResults
+from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
+from lightning_wn.noise_scale.metric import GradientNoiseScale, synchronize_together
+from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.probes.choice import PROBES
+from lightning_wn.probes.micro_batch import MicroBatchProbe
 
-_MAX_OPTIMIZERS_BY_MAIL = 16
+
+class Measurements:
+    """What is measured in one run: a sequence of :class:`OptimizerMeasurement`, and the curvature beside them.
+
+    There is always one at least, so that an estimate can be asked for before there is an optimizer. All of them are
+    read by the same probe at the same cadence. What users ask for (estimates, the size of a micro-batch) comes from
+    the worker processes of a spawned or forked fit, too.
+
+    Args:
+        choice: What is measured of every optimizer.
+        worker_results: Carries them home from worker processes; it outlives the run.
+        probe: Name of the probe, as far as it is known; "auto" for one that a Trainer decides.
+        every_n_steps: One in so many optimizer steps is measured; None takes the probe's own number.
+        curvature_every_n_steps: The same for the curvature; None does not measure it.
+        metric_settings: Arguments of each :class:`~lightning_wn.GradientNoiseScale`.
+    """
+
+    def __init__(
+        self,
+        choice: ParameterChoice,
+        worker_results: WorkerResults,
+        *,
+        probe: str = "auto",
+        every_n_steps: int | None = None,
+        curvature_every_n_steps: int | None = None,
+        metric_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.choice = choice
+        self.probe = MicroBatchProbe.name if probe == "auto" else probe
+        self.every_n_steps = None if every_n_steps is None else int(every_n_steps)  # no numpy in checkpoints
+        self._metric_settings = dict(metric_settings or {})
+        self._worker_results = worker_results
+        worker_results.collect()  # of an earlier run
+        self.curvature: CurvatureMeasurement | None = None
+        if curvature_every_n_steps is not None:
+            metric = GradientNoiseScale(**self._metric_settings)
+            self.curvature = CurvatureMeasurement(curvature_every_n_steps, metric)
+        self._of_optimizers: list[OptimizerMeasurement] = []
+        self._add_up_to(1)
+        self._warned: set[Rejection] = set()
+
+    def __len__(self) -> int:
+        """How many optimizers are measured."""
+        return len(self._of_optimizers)
+
+    def __getitem__(self, index: int) -> OptimizerMeasurement:
+        """The measurement of the optimizer at a position."""
+        return self._of_optimizers[index]
+
+    def __iter__(self) -> Iterator[OptimizerMeasurement]:
+        """Go through them in the optimizers' order."""
+        return iter(self._of_optimizers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is measured beside each total."""
+        return (*self.choice.names, *([CURVATURE] if self.curvature is not None else []))
+
+    @property
+    def metrics(self) -> list[GradientNoiseScale]:
+        """All that samples go to."""
+        return [measurement.metric for measurement in self] + ([self.curvature.metric] if self.curvature else [])
+
+    def index_of(self, optimizer: int | None) -> int:
+        """Return the position of the optimizer that a user names; None is the only one.
+
+        Raises:
+            ValueError: If there is no such optimizer, or several and none is named.
+        """
+        self.collect_results()
+        count = len(self)
+        if optimizer is None and count > 1:
+            raise ValueError(
+                f"`optimizer` must be named where there are several, each with a noise scale of its own; give one of "
+                f"{list(range(count))}, or use `estimates()` for all."
+            )
+        index = optimizer or 0
+        if not 0 <= index < count:
+            raise ValueError(f"`optimizer` must be None or one of {list(range(count))}, got {optimizer!r}.")
+        return index
+
+    def start_of_key(self, index: int) -> str:
+        """Return what names an optimizer in a key: nothing, where there is only one."""
+        return f"optimizer_{index}/" if len(self) > 1 else ""
+
+    def estimate(self, optimizer: int | None = None, group: str | None = None) -> NoiseScaleEstimate:
+        """Return one estimate; see :meth:`~lightning_wn.GradientNoiseScaleCallback.estimate`."""
+        measurement = self[self.index_of(optimizer)]
+        if group == CURVATURE and self.curvature is not None:
+            return self.curvature.estimate()
+        if group is not None and group not in self.names:
+            raise ValueError(f"`group` must be None or one of {list(self.names)}, got {group!r}; None is the total.")
+        return measurement.estimate(group)
+
+    def estimates(self) -> dict[str, NoiseScaleEstimate]:
+        """Return all estimates; see :meth:`~lightning_wn.GradientNoiseScaleCallback.estimates`."""
+        self.collect_results()
+        return {
+            self.start_of_key(index) + (group or "total"): self.estimate(index, group)
+            for index in range(len(self))
+            for group in (None, *self.names)
+        }
+
+    @property
+    def micro_batch_size(self) -> float:
+        """Size of one micro-batch of all ranks together; NaN before the first measurement."""
+        metric = self[self.index_of(0)].metric
+        micro_batches, ranks = metric.micro_batches_and_ranks
+        return metric.estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether any gradient noise scale has been measured."""
+        self.collect_results()
+        return any(measurement.metric.num_measurements for measurement in self)
+
+    def attach(self, optimizers: Sequence[Optimizer], model: LightningModule) -> None:
+        """Take the run's optimizers, one measurement each; a restored state may have brought some already."""
+        self._add_up_to(len(optimizers))
+        for measurement, optimizer in zip(self, optimizers, strict=False):
+            measurement.attach(optimizer, model, alone=len(optimizers) == 1)
+
+    def keep(self, count: int) -> None:
+        """Drop those of a checkpoint that had more optimizers than the run."""
+        del self._of_optimizers[max(count, 1) :]
+
+    def detach(self) -> None:
+        """Leave no hook behind."""
+        for measurement in self:
+            measurement.detach()
+        if self.curvature is not None:
+            self.curvature.forget_batches()
+
+    def reset(self) -> None:
+        """Forget all that was measured, here and in worker processes."""
+        self._worker_results.collect()
+        for metric in self.metrics:
+            metric.reset()
+
+    def synchronize(self, *, across_ranks: bool) -> None:
+        """Fold what waits, of all metrics with a single all-reduce, and say once why steps are left out."""
+        before = [metric.rejected for metric in self.metrics]
+        synchronize_together(self.metrics, across_ranks=across_ranks)
+        for metric, counts in zip(self.metrics, before, strict=True):
+            for reason, count in metric.rejected.items():
+                if count > counts[reason] and reason in WARNINGS and reason not in self._warned:
+                    self._warned.add(reason)
+                    rank_zero_warn(f"`GradientNoiseScaleCallback`: {WARNINGS[reason]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives."""
+        self.collect_results()
+        covered = self.choice.covered
+        return {
+            "every_n_steps": self[0].every_n_steps,
+            "probe": self.probe,
+            "optimizers": [
+                _metric_state(measurement.metric)
+                | {"steps": measurement.steps, "coverage": dict(zip(covered, measurement.coverage, strict=True))}
+                for measurement in self
+            ],
+            "curvature": None if self.curvature is None else _metric_state(self.curvature.metric, CURVATURE),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, fitting: bool) -> None:
+        """Take over :meth:`state_dict`; a fit finds out for itself which probe reads it, how often and how much."""
+        if not fitting:
+            self.probe = state["probe"]
+            self._of_optimizers = []
+        self._add_up_to(len(state["optimizers"]))
+        for measurement, own in zip(self, state["optimizers"], strict=False):
+            _restore_metric(measurement.metric, own)
+            measurement.steps = own["steps"]
+            if not fitting:
+                measurement.every_n_steps = state["every_n_steps"]
+                measurement.coverage = tuple(own["coverage"].get(name, 1.0) for name in self.choice.covered)
+        if self.curvature is not None and state["curvature"] is not None:
+            _restore_metric(self.curvature.metric, state["curvature"], CURVATURE)
+
+    def hand_over(self) -> None:
+        """Leave the results for the parent process."""
+        self._worker_results.hand_over(self.state_dict())
+
+    def collect_results(self) -> None:
+        """Take over what :meth:`hand_over` left in a worker process, if it did."""
+        state = self._worker_results.collect()
+        if state is not None:
+            self.load_state_dict(state, fitting=False)
+
+    def _add_up_to(self, count: int) -> None:
+        while len(self) < count:
+            metric = GradientNoiseScale(groups=self.choice.names, **self._metric_settings)
+            measurement = OptimizerMeasurement(self.choice, metric, PROBES[self.probe]())
+            measurement.every_n_steps = self.every_n_steps or measurement.every_n_steps
+            self._of_optimizers.append(measurement)
 
 
-def metric_state(metric: GradientNoiseScale, names: Sequence[str]) -> dict[str, Any]:
+def _metric_state(metric: GradientNoiseScale, total: str = "total") -> dict[str, Any]:
     """Return what a metric has folded, as tensors, by the names of its columns."""
-    moments = {name: row.clone() for name, row in zip(names, metric.moments, strict=True)}
+    moments = {name: row.clone() for name, row in zip((total, *metric.groups), metric.moments, strict=True)}
     return {"moments": moments, "counts": metric.counts.clone()}
 
 
-def restore_metric(metric: GradientNoiseScale, names: Sequence[str], state: dict[str, Any]) -> None:
-    """Take over :func:`metric_state`; a column that it lacks starts afresh."""
+def _restore_metric(metric: GradientNoiseScale, state: Mapping[str, Any], total: str = "total") -> None:
+    """Take over :func:`_metric_state`; a column that it lacks starts afresh."""
     metric.reset()
-    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in names]
+    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in (total, *metric.groups)]
     metric.moments = torch.stack([row.cpu().to(torch.float64) for row in rows])
     metric.counts = state["counts"].clone().cpu()
-
-
-def measurement_state(measurement: OptimizerMeasurement) -> dict[str, Any]:
-    """Return one optimizer's measurements, as tensors and primitives."""
-    choice = measurement.choice
-    coverage = dict(zip(choice.covered, measurement.coverage, strict=True))
-    state = metric_state(measurement.metric, ("total", *choice.names))
-    return state | {"steps": measurement.steps, "coverage": coverage}
-
-
-def restore_measurement(measurement: OptimizerMeasurement, state: dict[str, Any], *, with_coverage: bool) -> None:
-    """Take over :func:`measurement_state`, with the coverage where no fit finds it out anew."""
-    choice = measurement.choice
-    restore_metric(measurement.metric, ("total", *choice.names), state)
-    measurement.steps = state["steps"]
-    if with_coverage:
-        measurement.coverage = tuple(state["coverage"].get(name, 1.0) for name in choice.covered)
-
-
-class Letter:
-    """What a worker process has written: which probe measured, at which cadence, for how many optimizers, and what."""
-
-    def __init__(self, numbers: Sequence[float]) -> None:
-        count, every_n_steps, probe = map(int, numbers[:3])
-        self.num_optimizers = count
-        self.probe = list(PROBES)[probe]
-        self._every_n_steps = every_n_steps
-        self._numbers = numbers[3:]
-
-    def fill(self, measurements: Sequence[OptimizerMeasurement], metrics: Iterable[GradientNoiseScale]) -> None:
-        """Give fresh measurements the results; the metrics are theirs, and others that were posted with them."""
-        numbers = iter(self._numbers)
-        for metric in metrics:
-            metric.reset()
-            metric.moments = _filled(metric.moments, numbers)
-            metric.counts = _filled(metric.counts, numbers)
-        for measurement in measurements:
-            measurement.every_n_steps = self._every_n_steps
-            measurement.coverage = tuple(islice(numbers, len(measurement.choice.covered)))
-
-
-class ResultsByMail:
-    """Brings measurements home from processes that Lightning spawns or forks.
-
-    Args:
-        choice: What is measured of every optimizer, which says how much room a message needs.
-    """
-
-    def __init__(self, choice: ParameterChoice) -> None:
-        empty = GradientNoiseScale(groups=choice.names)
-        size = empty.moments.numel() + empty.counts.numel()
-        # one more for the curvature
-        room = (_MAX_OPTIMIZERS_BY_MAIL + 1) * size + _MAX_OPTIMIZERS_BY_MAIL * len(choice.covered)
-        self._mailbox = Mailbox(3 + room)
-
-    def post(self, measurements: Sequence[OptimizerMeasurement], metrics: Iterable[GradientNoiseScale]) -> None:
-        """Leave the results for the parent process.
-
-        Raises:
-            ValueError: If there are too many optimizers.
-        """
-        if len(measurements) > _MAX_OPTIMIZERS_BY_MAIL:
-            raise ValueError(
-                f"`GradientNoiseScaleCallback` brings home the results of {_MAX_OPTIMIZERS_BY_MAIL} optimizers at most "
-                f"from spawned processes, and there are {len(measurements)}; use `strategy='ddp'`."
-            )
-        first = measurements[0]
-        message = [float(len(measurements)), first.every_n_steps, list(PROBES).index(first.probe.name)]
-        for metric in metrics:
-            message += [*metric.moments.flatten().tolist(), *metric.counts.tolist()]
-        for measurement in measurements:
-            message += measurement.coverage
-        self._mailbox.post(message)
-
-    def collect(self) -> Letter | None:
-        """Return what another process left since the last look, if anything."""
-        mail = self._mailbox.collect()
-        return None if mail is None else Letter(mail)
-
-
-def _filled(like: Tensor, numbers: Iterator[float]) -> Tensor:
-    return torch.tensor(list(islice(numbers, like.numel())), dtype=torch.float64).reshape(like.shape)

@@ -74,28 +74,19 @@ class OptimizerMeasurement:
         self.every_n_steps = probe.default_every_n_steps
         self.steps = 0
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
-        self.gradient_factor = 1.0
-        """What another callback multiplied the gradients of this step with."""
         self._optimizer: Optimizer | None = None
         self._measured: MeasuredParameters | None = None
         self._shares = (1.0,) * len(choice.covered)
         self._trainable: list[nn.Parameter] = []
         self._manual = False
         self._alone = True
-        # the step that is under way
-        self.measuring = False
-        self.num_micro_batches = 0
-        self._is_open = False
-        self._irregular = False
-        self._backwards_of_batch = 0
         self._batch: BatchCount | None = None
         self._first_size: float | Tensor = 0.0
         self._last_size: float | Tensor = 0.0
         # of the gradients after and before a backward pass
         self._marks: list[tuple[int, int] | None] = []
         self._marks_before: list[tuple[int, int] | None] = []
-
-    # ------------------------------------------------------------------ what came out
+        self._close()
 
     def estimate(self, group: str | None = None) -> NoiseScaleEstimate:
         """Return the estimate of all measured parameters or of a group, as of the last synchronisation."""
@@ -117,8 +108,6 @@ class OptimizerMeasurement:
     def coverage(self, shares: tuple[float, ...]) -> None:
         """Take over what another process or an earlier run has measured."""
         self._shares = shares
-
-    # ------------------------------------------------------------------ life cycle
 
     def attach(self, optimizer: Optimizer, model: LightningModule, *, alone: bool) -> None:
         """Take this optimizer; ``alone`` says whether it is the run's only one.
@@ -147,8 +136,6 @@ class OptimizerMeasurement:
         """Go on with another probe, from the next step on."""
         self.detach()
         self.probe = probe
-
-    # ------------------------------------------------------------------ a step, in the order of the hooks
 
     def start_batch(self, trainer: Trainer, model: LightningModule, batch_idx: int) -> None:
         """Start a step where one starts."""
@@ -222,8 +209,6 @@ class OptimizerMeasurement:
                 self.metric.add_samples(samples)
         self._close()
 
-    # ------------------------------------------------------------------ inside
-
     def _open(self, step: int, model: LightningModule) -> None:
         self._close()
         self._is_open = True
@@ -233,9 +218,11 @@ class OptimizerMeasurement:
             self.measuring = True
 
     def _close(self) -> None:
+        """Forget the step that is under way."""
         self.measuring = False
-        self.num_micro_batches = 0
         self.gradient_factor = 1.0
+        """What another callback multiplied the gradients of this step with."""
+        self.num_micro_batches = 0
         self._is_open = False
         self._irregular = False
         self._backwards_of_batch = 0

@@ -40,7 +40,6 @@ WARNINGS = {
 
 
 def fit_summary(
-    estimate: NoiseScaleEstimate,
     advice: BatchSizeAdvice,
     rejected: Mapping[Rejection, int],
     every_n_steps: int,
@@ -51,13 +50,13 @@ def fit_summary(
     """Return the result of a fit in a few lines: what was measured, what to try, and where the rest is.
 
     Args:
-        estimate: That of all measured parameters.
-        advice: The advice on it.
+        advice: The advice on all measured parameters.
         rejected: Optimizer steps that were left out, by reason.
         every_n_steps: The cadence.
         optimizer: Its position, where there are several.
         others: Estimates of groups, by name.
     """
+    estimate = advice.estimate
     of = "" if optimizer is None else f"Optimizer {optimizer}: "
     cadence = "every optimizer step" if every_n_steps == 1 else f"one optimizer step in {every_n_steps}"
     lines = [f"{of}gradient {estimate}, by the probe {estimate.probe!r} on {cadence}."]
@@ -68,7 +67,8 @@ def fit_summary(
         lines.append(f"Optimizer steps that were left out: {', '.join(left_out)}.")
     if estimate.num_measurements:
         number = "" if optimizer is None else f"{optimizer}"
-        doubts = f" and {_reasons_for_doubt(len(advice.doubts))}" if advice.doubts else ""
+        count = len(advice.doubts)
+        doubts = f" and {count} reason{'s' * (count > 1)} for doubt" if count else ""
         lines += [
             advice.suggestion,
             f"`print(callback.advise({number}))` says more: other batch sizes, in hours too, how sure it is{doubts}.",
@@ -79,7 +79,3 @@ def fit_summary(
 def _short(estimate: NoiseScaleEstimate) -> str:
     span = f"{format_count(estimate.lower)} to {format_count(estimate.upper)}"
     return f"{format_count(estimate.noise_scale)} ({span})"
-
-
-def _reasons_for_doubt(count: int) -> str:
-    return f"{count} reason{'s' * (count > 1)} for doubt"
