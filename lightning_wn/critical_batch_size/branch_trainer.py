@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -22,10 +22,18 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
 
+from lightning_wn.arguments import is_between
 from lightning_wn.critical_batch_size.branch import Branch, BranchPlan
+from lightning_wn.critical_batch_size.branch_schedule import BranchSchedule, PlannedTrainer
 from lightning_wn.critical_batch_size.branch_watch import BranchWatch, monitored_value
-from lightning_wn.critical_batch_size.checks import check_callbacks
-from lightning_wn.critical_batch_size.isolation import copy_each, own_copy, own_random_state, quiet
+from lightning_wn.critical_batch_size.experiment import Sweep, Target, window_shape
+from lightning_wn.critical_batch_size.isolation import (
+    copy_each,
+    only_warnings_are_told,
+    own_copy,
+    own_random_state,
+    require_callbacks_in_place,
+)
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.trainer import copy_without_trainer
 
@@ -48,31 +56,27 @@ class BranchTrainer:
     """What all branches have in common.
 
     Attributes:
+        sweep: Which branches there are.
+        target: What they are judged by, and where they may end.
         model: A model, copied for each branch, or a function that makes one.
         data: Loaders or a DataModule, copied for each branch, or a function from a micro-batch size to these.
-        val_dataloaders: For validation, if ``monitor`` asks for it and no DataModule has them.
-        num_examples: Most examples of a branch.
-        target_loss: Where a branch may end.
-        monitor: A validation metric in place of the training loss.
+        val_dataloaders: For validation, if a monitored metric asks for it and no DataModule has them.
         ckpt_path: A checkpoint from which each branch goes on.
         weights_only: As ``Trainer.fit`` has it.
-        rate: From a batch size to the rule's factor on the learning rate.
-        base_batch_size: The batch size at which a step-based scheduler steps once an optimizer step.
+        max_micro_batch: Most examples that a rank has room for, where ``data`` is a function.
         batch_size_fn: From a batch to its number of examples.
         trainer_kwargs: Further arguments of the Trainers.
         directory: Their root directory.
     """
 
+    sweep: Sweep
+    target: Target
     model: LightningModule | Callable[[], LightningModule]
     data: Any
     val_dataloaders: Any = None
-    num_examples: int
-    target_loss: float | None = None
-    monitor: str | None = None
     ckpt_path: str | None = None
     weights_only: bool = False
-    rate: Callable[[int], float]
-    base_batch_size: int
+    max_micro_batch: int | None = None
     batch_size_fn: BatchSizeFn | None = None
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     directory: str = "."
@@ -85,7 +89,16 @@ class BranchTrainer:
                 f"`trainer_kwargs` must leave out {wrong}, which are set for each branch; the length of a branch is "
                 "`num_examples`."
             )
-        check_callbacks(self._callbacks, "`trainer_kwargs['callbacks']`")
+        if self.max_micro_batch is not None and not is_between(self.max_micro_batch, 0):
+            raise ValueError(
+                f"`max_micro_batch` must be a positive number, or None for no limit, got {self.max_micro_batch!r}."
+            )
+        if self.max_micro_batch is not None and not callable(self.data):
+            raise ValueError(
+                "`max_micro_batch` is for `data` that is a function from a micro-batch size, got "
+                f"{type(self.data).__name__}, whose batches are as large as they are; leave it out."
+            )
+        require_callbacks_in_place(self._callbacks, "`trainer_kwargs['callbacks']`")
         if self.ckpt_path is not None and not Path(self.ckpt_path).is_file():
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint file, got {self.ckpt_path!r}; checkpoints that are folders, as of "
@@ -115,14 +128,26 @@ class BranchTrainer:
                 f"`model` must leave the optimization to the Trainer, and {type(made).__name__} has "
                 "`automatic_optimization = False`: its batch size and learning rate cannot be changed from outside."
             )
-        if self.monitor is not None and not is_overridden("validation_step", made):
+        if self.target.monitor is not None and not is_overridden("validation_step", made):
             raise ValueError(
-                f"`monitor={self.monitor!r}` needs validation, and {type(made).__name__} has no "
+                f"`monitor={self.target.monitor!r}` needs validation, and {type(made).__name__} has no "
                 "`validation_step`; write one that logs it, or leave `monitor` out for the training loss."
             )
         return made
 
-    def find_micro_batch(self) -> tuple[int | None, int]:
+    def window_shapes(self) -> dict[int, tuple[int, int]]:
+        """Return the examples in a micro-batch and the micro-batches in an optimizer step, by batch size.
+
+        Raises:
+            ValueError: If the data cannot give a batch size, or the checkpoint is where no window begins.
+        """
+        with only_warnings_are_told(), own_random_state():
+            micro_batch, ranks = self._find_micro_batch()
+        shapes = {size: window_shape(size, micro_batch, ranks, self.max_micro_batch) for size in self.sweep.batch_sizes}
+        self._require_start([accumulate for _, accumulate in shapes.values()])
+        return shapes
+
+    def _find_micro_batch(self) -> tuple[int | None, int]:
         """Return the examples in a micro-batch of the data, None where a function makes it to order, and the ranks."""
         trainer = self._trainer({})
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -156,29 +181,35 @@ class BranchTrainer:
 
         Args:
             plan: Which one.
-            micro_batch: Examples in a micro-batch of one rank, for data that is made to order.
+            micro_batch: Examples in a micro-batch of one rank.
             accumulate: Micro-batches in an optimizer step.
             most_steps: No more optimizer steps than that.
             on_progress: Told the examples so far and the last loss.
         """
-        watch = BranchWatch(
-            rate_factor=self.rate(plan.batch_size) * plan.learning_rate_factor,
-            scheduler_ratio=plan.batch_size / self.base_batch_size,
-            num_examples=self.num_examples,
+        schedule = BranchSchedule(
             batch_size=plan.batch_size,
-            micro_batch=micro_batch if callable(self.data) and self.batch_size_fn is None else None,
-            target_loss=self.target_loss,
+            base_batch_size=self.sweep.base,
+            micro_batch=micro_batch,
+            num_examples=self.sweep.num_examples,
+            batch_size_fn=self.batch_size_fn,
+        )
+        watch = BranchWatch(
+            schedule,
+            rate_factor=self.sweep.rule_factor(plan.batch_size) * plan.learning_rate_factor,
+            first_batch=micro_batch if callable(self.data) and self.batch_size_fn is None else None,
+            target_loss=self.target.loss,
             most_steps=most_steps,
-            monitor=self.monitor,
+            monitor=self.target.monitor,
             batch_size_fn=self.batch_size_fn,
             on_progress=on_progress,
         )
-        with quiet(), own_random_state():
+        with only_warnings_are_told(), own_random_state():
             seed_everything(plan.seed, workers=True, verbose=False)
             model = self.fresh_model(plan.seed)
             data = self.data(micro_batch) if callable(self.data) else own_copy(self.data, "data")
-            settings = {"max_steps": self._planned_steps(plan), "accumulate_grad_batches": accumulate}
-            trainer = self._trainer(settings, watch)
+            trainer = self._trainer({"accumulate_grad_batches": accumulate}, watch)
+            if self.ckpt_path is None:  # behind a checkpoint nothing says how long the run is meant to be
+                trainer.plan = schedule.planned_steps
             is_module = isinstance(data, LightningDataModule)
             loaders: dict[str, Any] = {"datamodule" if is_module else "train_dataloaders": data}
             validation = {} if is_module else {"val_dataloaders": copy_without_trainer(self.val_dataloaders)}
@@ -186,10 +217,12 @@ class BranchTrainer:
             if not trainer.state.finished:
                 raise RuntimeError(f"The branch {plan.name} was interrupted, and will be trained anew next time.")
             watch.require_end(plan.name)
-            if self.monitor is not None and self.target_loss is None and not watch.diverged:
+            if self.target.monitor is not None and self.target.loss is None and not watch.diverged:
                 arguments = {"datamodule": data} if is_module else {"dataloaders": validation["val_dataloaders"]}
                 found = trainer.validate(model, **arguments, verbose=False)
-                watch.add_monitored(monitored_value({k: v for part in found for k, v in part.items()}, self.monitor))
+                watch.add_monitored(
+                    monitored_value({k: v for part in found for k, v in part.items()}, self.target.monitor)
+                )
         return Branch(
             plan=plan,
             curve=watch.curve,
@@ -201,7 +234,7 @@ class BranchTrainer:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this experiment from others: the model's class, sizes, weights, hyper-parameters."""
-        with quiet(), own_random_state():
+        with only_warnings_are_told(), own_random_state():
             seed_everything(0, workers=True, verbose=False)
             model = self.fresh_model(0)
         digest = hashlib.sha256()
@@ -213,33 +246,33 @@ class BranchTrainer:
             "model": type(model).__name__,
             "weights": digest.hexdigest()[:16],
             "hparams": {str(name): _ADDRESS.sub("", str(value)) for name, value in model.hparams.items()},
-            "num_examples": self.num_examples,
-            "target_loss": self.target_loss,
-            "monitor": self.monitor,
+            "num_examples": self.sweep.num_examples,
+            "target_loss": self.target.loss,
+            "monitor": self.target.monitor,
             "ckpt_path": None if self.ckpt_path is None else _file_digest(Path(self.ckpt_path)),
+            "learning_rate": self.sweep.learning_rate,
+            "base_batch_size": self.sweep.base,
         } | {
             f"trainer_kwargs[{name!r}]": _ADDRESS.sub("", str(self.trainer_kwargs[name]))
             for name in _TELLING
             if self.trainer_kwargs.get(name) is not None
         }
 
-    def _trainer(self, arguments: dict[str, Any], *watches: pl.Callback) -> Trainer:
+    def _trainer(self, arguments: dict[str, Any], *watches: pl.Callback) -> PlannedTrainer:
         given = {name: copy_each(value) for name, value in self.trainer_kwargs.items() if name != "callbacks"}
         settings: dict[str, Any] = {"default_root_dir": self.directory, "enable_model_summary": False}
-        if self.monitor is None:
+        if self.target.monitor is None:
             settings["limit_val_batches"] = 0
-        elif self.target_loss is None:  # it is validated once, after the branch
+        elif self.target.loss is None:  # it is validated once, after the branch
             settings |= {"check_val_every_n_epoch": None, "val_check_interval": _NEVER}
-        return Trainer(
+        return PlannedTrainer(
             **settings
             | given
             | arguments
             | {
                 "max_epochs": -1,
-                "callbacks": [
-                    *copy_each(self._callbacks),
-                    *watches,
-                ],  # the watch comes last, to see what the others did
+                # the watch comes last, to see what the others did
+                "callbacks": [*copy_each(self._callbacks), *watches],
                 "logger": DummyLogger(),  # takes what models hand to `self.logger.experiment`, and drops it
                 "enable_checkpointing": False,
                 "enable_progress_bar": False,
@@ -252,21 +285,8 @@ class BranchTrainer:
         given = self.trainer_kwargs.get("callbacks") or []
         return [given] if isinstance(given, pl.Callback) else list(given)
 
-    def _planned_steps(self, plan: BranchPlan) -> int:
-        """Return what a model that asks for ``trainer.estimated_stepping_batches`` is told: steps at the base size.
-
-        Its scheduler is stepped by examples. A branch ends by itself, and before.
-        """
-        if "max_steps" in self.trainer_kwargs or self.ckpt_path is not None:
-            return int(self.trainer_kwargs.get("max_steps", -1))
-        return math.ceil(self.num_examples / min(self.base_batch_size, plan.batch_size))
-
-    def check_start(self, accumulate: Iterable[int]) -> None:
-        """Raise ValueError where training cannot go on behind the checkpoint.
-
-        Args:
-            accumulate: Micro-batches in the windows of the branches.
-        """
+    def _require_start(self, accumulate: Sequence[int]) -> None:
+        """Raise ValueError where training cannot go on behind the checkpoint with windows of so many micro-batches."""
         if self.ckpt_path is None:
             return
         # the file is mapped: only what is looked at is read

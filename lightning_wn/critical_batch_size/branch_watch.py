@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
-from lightning_wn.callbacks.scheduler_clock import step_schedulers
 from lightning_wn.callbacks.whole_windows import WholeWindows
-from lightning_wn.critical_batch_size.checks import check_callbacks
+from lightning_wn.critical_batch_size.branch_schedule import BranchSchedule
+from lightning_wn.critical_batch_size.isolation import require_callbacks_in_place
 from lightning_wn.critical_batch_size.loss_curve import SMOOTHING, CurveRecorder, LossCurve
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
 from lightning_wn.trainer import callbacks_of, is_log_step
@@ -26,11 +26,9 @@ class BranchWatch(WholeWindows):
     """Trains a branch at its learning rate, records its losses, and ends it.
 
     Args:
+        schedule: Keeps schedulers in step with the data, and knows the branch's length and batch size.
         rate_factor: What the learning rate is multiplied with, within the optimizer's step alone.
-        scheduler_ratio: Steps of a step-based scheduler for each optimizer step.
-        num_examples: End after so many.
-        batch_size: Most examples in an optimizer step.
-        micro_batch: Examples that the first batch must hold, or fewer if it is alone; None to take what comes.
+        first_batch: Examples that the first batch must hold, or fewer if it is alone; None to take what comes.
         target_loss: End soon after the smoothed loss got there.
         most_steps: End after so many optimizer steps.
         monitor: Record this metric at the end of each validation in place of the loss.
@@ -40,12 +38,10 @@ class BranchWatch(WholeWindows):
 
     def __init__(
         self,
+        schedule: BranchSchedule,
         *,
         rate_factor: float = 1.0,
-        scheduler_ratio: float = 1.0,
-        num_examples: float = math.inf,
-        batch_size: int = 1,
-        micro_batch: int | None = None,
+        first_batch: int | None = None,
         target_loss: float | None = None,
         most_steps: float = math.inf,
         monitor: str | None = None,
@@ -56,10 +52,8 @@ class BranchWatch(WholeWindows):
         self.diverged = False
         self.noise_scales: list[tuple[int, float]] = []
         self._rate_factor = rate_factor
-        self._scheduler_ratio = scheduler_ratio
-        self._num_examples = num_examples
-        self._batch_size = batch_size
-        self._micro_batch = micro_batch
+        self.schedule = schedule
+        self._first_batch = first_batch
         self._examples = 0.0
         self._target_loss = target_loss
         self._most_steps = most_steps
@@ -72,7 +66,6 @@ class BranchWatch(WholeWindows):
         self._batches = 0
         self._batches_before = 0
         self._look_at = 1
-        self._scheduler_steps = 0
         # of the window under way, and of windows whose losses are still on the device
         self._here: list[tuple[Tensor, float | Tensor]] = []
         self._waiting: list[tuple[Tensor, float | Tensor]] = []
@@ -99,26 +92,20 @@ class BranchWatch(WholeWindows):
 
     @property
     def _is_whole(self) -> bool:
-        return self.diverged or self._examples >= self._num_examples or self._is_there()
+        return self.diverged or self._examples >= self.schedule.num_examples or self._is_there()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse callbacks out of place; the model's own are among the Trainer's by now."""
-        check_callbacks(callbacks_of(trainer), f"`configure_callbacks` of {type(pl_module).__name__}")
+        require_callbacks_in_place(callbacks_of(trainer), f"`configure_callbacks` of {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the optimizer's step."""
-        if self._scheduler_ratio < 1.0 and step_schedulers(trainer):
-            raise ValueError(
-                "`batch_sizes` must not go below `base_batch_size` for a model whose learning-rate scheduler steps "
-                "with the optimizer: it cannot be held back; leave those sizes out."
-            )
-        seldom = [c.frequency for c in trainer.lr_scheduler_configs if c.interval == "step" and c.frequency != 1]
-        if seldom:
-            raise ValueError(
-                f"A scheduler that steps with the optimizer must have `frequency` 1 in `configure_optimizers`, got "
-                f"{seldom[0]}: only then can it be kept in step with the data."
-            )
+        self.schedule.require_steps_in_time(trainer)
         self._take_hold_of_optimizer(trainer.optimizers[0], self._rate_factor)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the data of an epoch anew."""
+        self.schedule.start_epoch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,6 +114,7 @@ class BranchWatch(WholeWindows):
         if not self._batches:
             self._check_first_batch(trainer, batch, batch_idx)
         self._batches += 1
+        self.schedule.count(trainer, batch)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             # Lightning has divided it
@@ -136,7 +124,6 @@ class BranchWatch(WholeWindows):
             return
         self._stepped = False
         self._steps += 1
-        self._step_schedulers(trainer, pl_module)
         if self._here:
             losses, sizes = zip(*self._here, strict=True)
             self._waiting.append((torch.stack(losses).mean(), sum(sizes)))
@@ -146,10 +133,11 @@ class BranchWatch(WholeWindows):
         if self._steps >= self._look_at or self._steps >= self._most_steps:
             self._look(trainer)
             # the end is met exactly, though a short window has fewer examples
-            left = math.ceil(min(self._num_examples - self._examples, 2.0**53) / self._batch_size)
+            left = math.ceil(min(self.schedule.num_examples - self._examples, 2.0**53) / self.schedule.batch_size)
             self._look_at = self._steps + max(1, min(left, math.ceil(self._steps * _LOOK_AGAIN)))
             if self.is_over:
                 trainer.should_stop = True
+        self.schedule.make_up(trainer, pl_module, self._examples)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where data has come to an end for good, which would be waited for for ever."""
@@ -204,7 +192,7 @@ class BranchWatch(WholeWindows):
         if not self._examples:
             raise ValueError(f"The branch {name} has no loss; let `training_step` return it.")
         raise ValueError(
-            f"The branch {name} ended after {self._examples:g} of {self._num_examples:g} examples; "
+            f"The branch {name} ended after {self._examples:g} of {self.schedule.num_examples:g} examples; "
             "neither `trainer_kwargs` (a small `max_steps`, an EarlyStopping) nor data that is used up for good may "
             "end it before."
         )
@@ -218,14 +206,14 @@ class BranchWatch(WholeWindows):
             self.noise_scales.append((self._steps, found[0].estimate().noise_scale))
 
     def _check_first_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        if self._micro_batch is None:
+        if self._first_batch is None:
             return
         found = count_examples(batch, None).total
         # a data set may be smaller than a batch
-        is_short = found < self._micro_batch and batch_idx == 0 and trainer.num_training_batches > 1
-        if found > self._micro_batch or is_short:
+        is_short = found < self._first_batch and batch_idx == 0 and trainer.num_training_batches > 1
+        if found > self._first_batch or is_short:
             raise ValueError(
-                f"`data` was called with {self._micro_batch}, and its first batch holds {found} examples; let it make "
+                f"`data` was called with {self._first_batch}, and its first batch holds {found} examples; let it make "
                 "batches of the size that it is given, or say with `batch_size_fn` what to count."
             )
 
@@ -249,15 +237,6 @@ class BranchWatch(WholeWindows):
             self._losses.add(examples=examples, loss=loss)
             self._examples += examples
         self._on_progress(self._examples, loss)
-
-    def _step_schedulers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step schedulers as often as the base batch size would have by now; Lightning has stepped them once."""
-        due = math.floor(self._steps * self._scheduler_ratio + 1e-9)
-        self._scheduler_steps += 1
-        while self._scheduler_steps < due:
-            self._scheduler_steps += 1
-            for config in step_schedulers(trainer):
-                pl_module.lr_scheduler_step(config.scheduler, None)
 
 
 def monitored_value(metrics: Any, monitor: str) -> float:

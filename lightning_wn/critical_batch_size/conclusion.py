@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, geometric_mean, median
 
@@ -16,6 +16,7 @@ from lightning_wn.critical_batch_size.analysis import (
     mean_noise_scale,
 )
 from lightning_wn.critical_batch_size.branch import Branch
+from lightning_wn.critical_batch_size.experiment import Sweep, Target
 from lightning_wn.critical_batch_size.result import CriticalBatchSizeMeasurement, MeasuredBatchSize
 
 _LAST_SHARE = 0.25
@@ -26,51 +27,43 @@ _SHORT = 0.95
 
 
 def conclude(
-    chosen: Mapping[int, Sequence[Branch]],
-    *,
-    target_loss: float | None,
-    tolerance: float,
-    confidence: float,
-    unit: str,
-    rate: Callable[[int], float],
-    edges: Sequence[int],
-    tuned: bool,
+    chosen: Mapping[int, Sequence[Branch]], sweep: Sweep, target: Target, at_edge: Sequence[int] = ()
 ) -> CriticalBatchSizeMeasurement:
     """Make the result of the branches at each batch size's best learning rate.
 
     Args:
         chosen: The branches of all seeds, by batch size, the smallest first.
-        target_loss: What was to be reached; None where all branches are of the same length.
-        tolerance: How much more loss is allowed.
-        confidence: Level of the intervals.
-        unit: What is counted.
-        rate: From a batch size to the rule's factor on the learning rate.
-        edges: Batch sizes whose best learning rate was the last that was tried.
-        tuned: Whether several learning rates were tried.
+        sweep: What was to be trained.
+        target: What the branches are judged by.
+        at_edge: Batch sizes whose best learning rate was the last that was tried.
     """
-    excesses = _excesses(chosen, confidence) if target_loss is None else {}
-    rows = [_row(size, branches, target_loss, excesses.get(size), rate(size)) for size, branches in chosen.items()]
+    excesses = _excesses(chosen, target.confidence) if target.loss is None else {}
+    rows = [
+        _row(size, branches, target.loss, excesses.get(size), sweep.rule_factor(size))
+        for size, branches in chosen.items()
+    ]
     fit: TradeoffFit | None = None
-    if target_loss is None:
-        critical = largest_within(list(excesses.values()), tolerance)
-        notes = _notes_on_excess(rows, critical.value, tolerance, tuned=tuned)
+    if target.loss is None:
+        critical = largest_within(list(excesses.values()), target.tolerance)
+        tuned = sweep.tune_learning_rate is not None
+        notes = _notes_on_excess(rows, critical.value, target.tolerance, tuned=tuned)
     else:
-        fit = _fit(chosen, target_loss, confidence)
+        fit = _fit(chosen, target.loss, target.confidence)
         critical = fit.critical_batch_size
         notes = _notes_on_steps(rows)
     return CriticalBatchSizeMeasurement(
-        method="branches" if target_loss is None else "target_loss",
+        method=target.method,
         critical_batch_size=critical.value,
         lower=critical.lower,
         upper=critical.upper,
-        confidence=confidence,
+        confidence=target.confidence,
         batch_sizes=tuple(rows),
         predicted=_predicted(rows),
         fit=fit,
-        tolerance=tolerance if target_loss is None else math.nan,
-        target_loss=math.nan if target_loss is None else target_loss,
-        unit=unit,
-        notes=(*notes, *_notes_on_branches(rows, edges)),
+        tolerance=target.tolerance if target.loss is None else math.nan,
+        target_loss=math.nan if target.loss is None else target.loss,
+        unit=target.unit,
+        notes=(*notes, *_notes_on_branches(rows, at_edge)),
     )
 
 
@@ -106,10 +99,10 @@ def _notes_on_steps(rows: Sequence[MeasuredBatchSize]) -> list[str]:
     return notes
 
 
-def _notes_on_branches(rows: Sequence[MeasuredBatchSize], edges: Sequence[int]) -> list[str]:
+def _notes_on_branches(rows: Sequence[MeasuredBatchSize], at_edge: Sequence[int]) -> list[str]:
     notes = []
-    if edges:
-        notes.append(f"Of the learning rates that were tried, the last was the best at batch size {_listed(edges)}.")
+    if at_edge:
+        notes.append(f"Of the learning rates that were tried, the last was the best at batch size {_listed(at_edge)}.")
     short = [row.batch_size for row in rows if row.mean_batch_size < _SHORT * row.batch_size]
     if short:
         notes.append(

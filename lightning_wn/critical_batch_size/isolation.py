@@ -5,13 +5,46 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ProgressBar,
+)
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_wn.callbacks.adaptive_batch_size.callback import AdaptiveBatchSizeCallback
 from lightning_wn.trainer import copy_without_trainer
+
+_OUT_OF_PLACE: dict[type[Callback], str] = {
+    AdaptiveBatchSizeCallback: "a branch has one batch size",
+    GradientAccumulationScheduler: "a branch has one batch size",
+    BatchSizeFinder: "a branch has one batch size",
+    LearningRateFinder: "the learning rate goes with the batch size; `tune_learning_rate=2.0` looks for it",
+    EarlyStopping: "all branches are as long as `num_examples` or `target_loss` says",
+    Checkpoint: "branches keep no checkpoints",
+    ProgressBar: "the measurement has bars of its own; `progress_bar=False` turns them off",
+}
+
+
+def require_callbacks_in_place(callbacks: Sequence[Callback], source: str) -> None:
+    """Raise ValueError for a callback that would change a branch's batch size, learning rate, length or traces.
+
+    Args:
+        callbacks: The callbacks.
+        source: Where they come from.
+    """
+    for callback in callbacks:
+        for kind, reason in _OUT_OF_PLACE.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"{source} must leave out {type(callback).__name__}: {reason}.")
 
 
 def own_copy(value: Any, argument: str) -> Any:
@@ -55,7 +88,7 @@ def own_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def only_warnings_are_told() -> Iterator[None]:
     """Keep Lightning from telling of each of many Trainers; warnings stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_wn")]
     levels = [logger.level for logger in loggers]
@@ -69,7 +102,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def without_beside_the_point() -> Iterator[None]:
+def expected_warnings_left_out() -> Iterator[None]:
     """Leave out warnings on what is meant to be so in a branch; the others are shown once for all branches."""
     with warnings.catch_warnings():
         for beginning in (

@@ -29,20 +29,6 @@ class LossCurve:
     examples: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
 
-    def smoothed(self, step: float, smoothing: float = SMOOTHING) -> float:
-        """Return the loss after so many steps, by a straight line in log(steps) through the points around.
-
-        Args:
-            step: Optimizer steps from the branch's beginning, positive.
-            smoothing: Points from ``step / (1 + smoothing)`` to ``step * (1 + smoothing)`` count. 0 joins the points.
-
-        Example:
-            >>> curve = LossCurve((1, 2, 3, 4), (8, 16, 24, 32), (4.0, 3.0, 2.0, 1.0))
-            >>> round(curve.smoothed(2, smoothing=0), 6)
-            3.0
-        """
-        return _Smoother(self, smoothing)(step)
-
     def steps_to(self, target: float, smoothing: float = SMOOTHING) -> float:
         """Return the optimizer steps until the smoothed loss is at the target; infinite where it never is.
 
@@ -57,7 +43,7 @@ class LossCurve:
             >>> curve.steps_to(0.01)
             inf
         """
-        smoother = _Smoother(self, smoothing)
+        smoother = Smoother(self, smoothing)
         before: tuple[float, float] | None = None
         for place in smoother.places:
             step = math.exp(place)
@@ -93,10 +79,22 @@ class LossCurve:
         return [total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True)]
 
 
-class _Smoother:
-    """Straight lines through the neighbours of any step, from running sums: a whole curve in linear time."""
+class Smoother:
+    """The loss after any number of steps, by a straight line in log(steps) through the points around.
 
-    def __init__(self, curve: LossCurve, smoothing: float) -> None:
+    It takes running sums, and so linear time for a whole curve.
+
+    Args:
+        curve: The losses.
+        smoothing: Points from ``step / (1 + smoothing)`` to ``step * (1 + smoothing)`` count. 0 joins the points.
+
+    Example:
+        >>> curve = LossCurve((1, 2, 3, 4), (8, 16, 24, 32), (4.0, 3.0, 2.0, 1.0))
+        >>> round(Smoother(curve, smoothing=0)(2), 6)
+        3.0
+    """
+
+    def __init__(self, curve: LossCurve, smoothing: float = SMOOTHING) -> None:
         widths = [after - before for before, after in pairwise((0, *curve.steps))]
         # the losses of a step were taken before its update; a monitored value after it
         ends = zip(curve.steps, widths, strict=True)
@@ -116,6 +114,7 @@ class _Smoother:
         ]
 
     def __call__(self, step: float) -> float:
+        """Return the loss after so many optimizer steps from the branch's beginning, a positive number."""
         place = math.log(step)
         first = bisect_left(self.places, place - self._reach)
         last = bisect_right(self.places, place + self._reach)

@@ -5,34 +5,28 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_wn.batch_size.learning_rate import learning_rate_factor
 from lightning_wn.critical_batch_size.branch import Branch, BranchFiles, BranchPlan
 from lightning_wn.critical_batch_size.branch_trainer import BranchTrainer
-from lightning_wn.critical_batch_size.checks import (
-    PowerRule,
-    check_modes,
-    check_numbers,
-    check_seeds,
-    whole_number,
-    window_shape,
-)
 from lightning_wn.critical_batch_size.conclusion import conclude, cost
-from lightning_wn.critical_batch_size.isolation import own_random_state, quiet, without_beside_the_point
+from lightning_wn.critical_batch_size.experiment import PowerRule, Sweep, Target
+from lightning_wn.critical_batch_size.isolation import expected_warnings_left_out
 from lightning_wn.critical_batch_size.progress import MeasurementProgress
 from lightning_wn.critical_batch_size.result import CriticalBatchSizeMeasurement, Method
-from lightning_wn.critical_batch_size.tuning import tune
+from lightning_wn.critical_batch_size.tuning import Tuned, tune
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 
 _WORTHWHILE = 1.5
 """A learning rate is given up after 1.5 times the steps of the best; smoothing looks ahead by a fifth of them."""
 
 
-@without_beside_the_point()
+@expected_warnings_left_out()
 def measure_critical_batch_size(
     model: LightningModule | Callable[[], LightningModule],
     data: Any,
@@ -147,84 +141,97 @@ def measure_critical_batch_size(
         >>> measurement.lower <= measurement.critical_batch_size <= measurement.upper
         True
     """
-    sizes, seeds = sorted({whole_number(size) for size in batch_sizes}), tuple(map(whole_number, seeds))
-    num_examples, base_batch_size = whole_number(num_examples), whole_number(base_batch_size)
-    target_loss = None if target_loss is None else float(target_loss)
-    check_numbers(
-        sizes=sizes,
+    target = Target(
         method=method,
-        num_examples=num_examples,
-        target_loss=target_loss,
+        loss=None if target_loss is None else float(target_loss),
         tolerance=tolerance,
+        monitor=monitor,
+        confidence=confidence,
+        unit=unit,
+    )
+    sweep = Sweep.of(
+        batch_sizes,
+        seeds,
+        num_examples=num_examples,
         learning_rate=learning_rate,
         base_batch_size=base_batch_size,
         tune_learning_rate=tune_learning_rate,
-        confidence=confidence,
+        fewest_sizes=target.fewest_sizes,
     )
-    check_seeds(seeds)
-    check_modes(monitor, max_micro_batch, data)
-    base = sizes[0] if base_batch_size is None else base_batch_size
     trainer = BranchTrainer(
+        sweep=sweep,
+        target=target,
         model=model,
         data=data,
         val_dataloaders=val_dataloaders,
-        num_examples=num_examples,
-        target_loss=target_loss,
-        monitor=monitor,
         ckpt_path=None if ckpt_path is None else str(Path(ckpt_path).expanduser()),
         weights_only=weights_only,
-        rate=lambda size: learning_rate_factor(learning_rate, base, size, math.nan),
-        base_batch_size=base,
+        max_micro_batch=max_micro_batch,
         batch_size_fn=batch_size_fn,
         trainer_kwargs=trainer_kwargs or {},
         directory=str(directory),
     )
-    settings = {"learning_rate": learning_rate, "base_batch_size": base}
-    files = BranchFiles(directory, trainer.fingerprint() | settings)
-    with own_random_state(), quiet():
-        micro_batch, ranks = trainer.find_micro_batch()
-    shapes = {size: window_shape(size, micro_batch, ranks, max_micro_batch) for size in sizes}
-    trainer.check_start(accumulate for _, accumulate in shapes.values())
-
-    def trained(plan: BranchPlan, most_steps: float, progress: MeasurementProgress) -> Branch:
-        found = files.load(plan)
-        # one that was given up early may have to go farther now: with other seeds, or without tuning
-        if found is None or (found.given_up is not None and found.given_up < most_steps):
-            micro, accumulate = shapes[plan.batch_size]
-            on_progress = progress.branch(plan.name)
-            found = trainer.run(
-                plan, micro_batch=micro, accumulate=accumulate, most_steps=most_steps, on_progress=on_progress
-            )
-            files.keep(found)
-        return found
-
-    chosen: dict[int, list[Branch]] = {}
-    edges = []
-    exponent = 0  # tuning goes on where the next smaller batch size was best
-    with MeasurementProgress(len(sizes), num_examples, shown=progress_bar) as progress:
-        for size in sizes:
-
-            def attempt(exponent: int, best: float, size: int = size) -> tuple[float, list[Branch]]:
-                factor = (tune_learning_rate or 1.0) ** exponent
-                plans = [BranchPlan(batch_size=size, learning_rate_factor=factor, seed=seed) for seed in seeds]
-                most = best * _WORTHWHILE if target_loss is not None else math.inf
-                branches = [trained(plan, most, progress) for plan in plans]
-                return cost(branches, target_loss), branches
-
-            tuned = tune(attempt, exponent, fixed=tune_learning_rate is None)
-            exponent, chosen[size] = tuned.exponent, tuned.outcome
-            if tuned.at_edge:
-                edges.append(size)
-            progress.size_done()
-    measurement = conclude(
-        chosen,
-        target_loss=target_loss,
-        tolerance=tolerance,
-        confidence=confidence,
-        unit=unit,
-        rate=trainer.rate,
-        edges=edges,
-        tuned=tune_learning_rate is not None,
-    )
+    files = BranchFiles(directory, trainer.fingerprint())
+    shapes = trainer.window_shapes()
+    with MeasurementProgress(len(sweep.batch_sizes), sweep.num_examples, shown=progress_bar) as progress:
+        measurement = TrainedSweep(trainer, files, shapes, progress).measure()
     files.write_table(measurement.to_csv())
     return measurement
+
+
+@dataclass(frozen=True)
+class TrainedSweep:
+    """The branches of a sweep: those that are on disk, and the others trained.
+
+    Attributes:
+        trainer: Trains a branch.
+        files: Keeps it.
+        shapes: By batch size, the examples in a micro-batch and the micro-batches in an optimizer step.
+        progress: Shows how far it is.
+    """
+
+    trainer: BranchTrainer
+    files: BranchFiles
+    shapes: Mapping[int, tuple[int, int]]
+    progress: MeasurementProgress
+
+    def measure(self) -> CriticalBatchSizeMeasurement:
+        """Train each batch size at its best learning rate, and conclude."""
+        sweep, target = self.trainer.sweep, self.trainer.target
+        tuned: dict[int, Tuned[list[Branch]]] = {}
+        exponent = 0  # tuning goes on where the next smaller batch size was best
+        for size in sweep.batch_sizes:
+            found = tune(partial(self.attempt, size), exponent, fixed=sweep.tune_learning_rate is None)
+            tuned[size], exponent = found, found.exponent
+            self.progress.size_done()
+        chosen = {size: found.outcome for size, found in tuned.items()}
+        return conclude(chosen, sweep, target, [size for size, found in tuned.items() if found.at_edge])
+
+    def attempt(self, size: int, exponent: int, best: float) -> tuple[float, list[Branch]]:
+        """Return what a learning rate costs, and its branches, one for each seed.
+
+        Args:
+            size: The batch size.
+            exponent: Of the ratio between learning rates.
+            best: The least cost so far; where it is in steps, a branch need not go much farther.
+        """
+        target_loss = self.trainer.target.loss
+        most_steps = math.inf if target_loss is None else best * _WORTHWHILE
+        branches = [self.branch(plan, most_steps) for plan in self.trainer.sweep.plans(size, exponent)]
+        return cost(branches, target_loss), branches
+
+    def branch(self, plan: BranchPlan, most_steps: float) -> Branch:
+        """Return a finished branch, or train it."""
+        found = self.files.load(plan)
+        # one that was given up early may have to go farther now: with other seeds, or without tuning
+        if found is None or (found.given_up is not None and found.given_up < most_steps):
+            micro_batch, accumulate = self.shapes[plan.batch_size]
+            found = self.trainer.run(
+                plan,
+                micro_batch=micro_batch,
+                accumulate=accumulate,
+                most_steps=most_steps,
+                on_progress=self.progress.branch(plan.name),
+            )
+            self.files.keep(found)
+        return found

@@ -107,8 +107,6 @@ class CriticalBatchSizeMeasurement:
         Raises:
             ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
         """
-        from lightning_wn.critical_batch_size.result import draw_measurement  # noqa: PLC0415 - matplotlib is optional
-
         figure: Figure = draw_measurement(self, ax)
         return figure
 

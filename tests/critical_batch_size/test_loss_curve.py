@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from lightning_wn.critical_batch_size.loss_curve import CurveRecorder, LossCurve
+from lightning_wn.critical_batch_size.loss_curve import CurveRecorder, LossCurve, Smoother
 
 
 def curve(loss, steps=2000, batch_size=8):
@@ -23,21 +23,21 @@ class TestSmoothing:
         """A line through a window of ±18 % of a convex curve overestimates by power² · 0.18² / 6 at most: 0.6 %."""
         found = curve(lambda s: 3.0 * s**power)
         for step in (20, 100, 1000):
-            assert found.smoothed(step) == pytest.approx(3.0 * step**power, rel=0.006)
+            assert Smoother(found)(step) == pytest.approx(3.0 * step**power, rel=0.006)
 
     def test_noise_is_averaged(self):
         """Between 1000/1.2 and 1000·1.2 lie 367 steps: a standard error of 0.3/√367 = 0.016, here within four."""
         rng = random.Random(0)
         found = curve(lambda s: 1.0 + rng.gauss(0.0, 0.3))
-        assert found.smoothed(1000) == pytest.approx(1.0, abs=0.064)
-        assert found.smoothed(1000) != 1.0
+        assert Smoother(found)(1000) == pytest.approx(1.0, abs=0.064)
+        assert Smoother(found)(1000) != 1.0
 
     def test_a_straight_line_in_log_steps_stays(self):
         found = curve(lambda s: 5.0 - math.log(s))
-        assert found.smoothed(300) == pytest.approx(5.0 - math.log(300), abs=1e-9)
+        assert Smoother(found)(300) == pytest.approx(5.0 - math.log(300), abs=1e-9)
 
     def test_a_single_point(self):
-        assert LossCurve((1,), (8.0,), (2.5,)).smoothed(1) == 2.5
+        assert Smoother(LossCurve((1,), (8.0,), (2.5,)))(1) == 2.5
 
 
 class TestStepsTo:

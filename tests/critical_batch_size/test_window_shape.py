@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_wn.critical_batch_size.checks import window_shape
+from lightning_wn.critical_batch_size.experiment import window_shape
 
 
 @pytest.mark.parametrize(

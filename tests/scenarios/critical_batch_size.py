@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from helpers.adaptive_runs import Model
@@ -61,7 +62,45 @@ def two_ranks():
     (FOLDER / f"rank{rank}.json").write_text(json.dumps([found.to_dict(), again.to_dict()]))
 
 
+class Counts(Model):
+    """Writes down optimizer steps and scheduler steps of each branch, and the steps that it was told."""
+
+    made: ClassVar[list[list[int]]] = []
+    told: ClassVar[list[float]] = []
+
+    def configure_optimizers(self):
+        self.told.append(self.trainer.estimated_stepping_batches)
+        return super().configure_optimizers()
+
+    def on_train_end(self):
+        steps = self.trainer.global_step
+        size = self.trainer.callbacks[-1].schedule.batch_size
+        self.made.append([size, steps, self.lr_schedulers().last_epoch])
+
+
+def schedulers():
+    """Epochs of 100 that end with short batches, and with short windows of micro-batches of 8 on each rank."""
+    data = digits(100, torch.float64)
+    for name, loaders in (("made", lambda size: DataLoader(data, size)), ("given", DataLoader(data, 8))):
+        measure_critical_batch_size(
+            Counts("momentum", "lambda"),
+            loaders,
+            SIZES,
+            num_examples=250,
+            directory=FOLDER / name,
+            trainer_kwargs={
+                "accelerator": "cpu",
+                "precision": "64-true",
+                "strategy": DDPStrategy(process_group_backend="gloo"),
+                "devices": 2,
+            },
+            progress_bar=False,
+        )
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    (FOLDER / f"schedulers{rank}.json").write_text(json.dumps({"made": Counts.made, "told": Counts.told}))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     FOLDER = Path(sys.argv[1])
-    {"is_killed": is_killed, "two_ranks": two_ranks}[sys.argv[2]]()
+    {"is_killed": is_killed, "two_ranks": two_ranks, "schedulers": schedulers}[sys.argv[2]]()
