@@ -13,10 +13,7 @@ from lightning_wn.probes.requirements import parameter_placement
 from lightning_wn.probes.sharded import ShardedProbe
 
 PROBES: dict[str, type[Probe]] = {
-    MicroBatchProbe.name: MicroBatchProbe,
-    ShardedProbe.name: ShardedProbe,
-    PerExampleProbe.name: PerExampleProbe,
-    ConsecutiveProbe.name: ConsecutiveProbe,
+    probe.name: probe for probe in (MicroBatchProbe, ShardedProbe, PerExampleProbe, ConsecutiveProbe)
 }
 
 

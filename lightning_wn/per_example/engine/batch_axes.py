@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,48 +16,37 @@ def leading_axes(tensors: Sequence[Tensor], batch_size: int, axis: int = 0) -> A
     return [axis if t.ndim > axis and t.shape[axis] == batch_size else None for t in tensors]
 
 
-def _recurrent(module: nn.RNNBase, args: Any, tensors: Sequence[Tensor], batch_size: int) -> Axes:
-    # the sequence is the only tensor whose batch dimension depends on batch_first; states have it second
-    return [1 if index > 0 or not module.batch_first else 0 for index in range(len(tensors))]
-
-
-def _attention(module: nn.MultiheadAttention, args: Any, tensors: Sequence[Tensor], batch_size: int) -> Axes:
-    sequence_axis = 0 if module.batch_first else 1
-    axes: Axes = []
-    for tensor in tensors:
-        if tensor.ndim == 3 and tensor.shape[-1] in {module.embed_dim, module.kdim, module.vdim}:
-            axes.append(sequence_axis)
-        else:
-            axes.append(None)
-    # key_padding_mask (B, S) is told from attn_mask (T, S) by its place in the call
-    positional, keywords = args
-    padding_mask = keywords.get("key_padding_mask", positional[3] if len(positional) > 3 else None)
-    return [0 if tensor is padding_mask else axis for tensor, axis in zip(tensors, axes, strict=True)]
-
-
-_INPUT_AXES: dict[type[nn.Module], Callable[[Any, Any, Sequence[Tensor], int], Axes]] = {
-    nn.RNNBase: _recurrent,
-    nn.MultiheadAttention: _attention,
-}
-
-
 def has_own_axes(module: nn.Module) -> bool:
     """Whether the module says itself where its batch is, by ``batch_first``."""
-    return any(cls in _INPUT_AXES for cls in type(module).__mro__)
+    return isinstance(module, nn.RNNBase | nn.MultiheadAttention)
 
 
 def input_axes(module: nn.Module, args: Any, tensors: Sequence[Tensor], batch_size: int, axis: int) -> Axes:
     """Find the batch dimension of every tensor among a call's arguments ``(args, kwargs)``."""
-    for cls in type(module).__mro__:
-        if cls in _INPUT_AXES:
-            return _INPUT_AXES[cls](module, args, tensors, batch_size)
+    if isinstance(module, nn.RNNBase):
+        return _recurrent(module, tensors)
+    if isinstance(module, nn.MultiheadAttention):
+        widths = {module.embed_dim, module.kdim, module.vdim}
+        # key_padding_mask (B, S) is told from attn_mask (T, S) by its place in the call
+        positional, keywords = args
+        padding_mask = keywords.get("key_padding_mask", positional[3] if len(positional) > 3 else None)
+        sequence_axis = 0 if module.batch_first else 1
+        return [
+            0 if t is padding_mask else sequence_axis if t.ndim == 3 and t.shape[-1] in widths else None
+            for t in tensors
+        ]
     return leading_axes(tensors, batch_size, axis)
 
 
 def output_axes(module: nn.Module, tensors: Sequence[Tensor], batch_size: int, axis: int) -> Axes:
     """Find the batch dimension of every tensor among a call's results."""
     if isinstance(module, nn.RNNBase):
-        return [1 if index > 0 or not module.batch_first else 0 for index in range(len(tensors))]
+        return _recurrent(module, tensors)
     if isinstance(module, nn.MultiheadAttention):
         return [0 if index > 0 or module.batch_first else 1 for index in range(len(tensors))]
     return leading_axes(tensors, batch_size, axis)
+
+
+def _recurrent(module: nn.RNNBase, tensors: Sequence[Tensor]) -> Axes:
+    # the sequence is the only tensor whose batch dimension depends on batch_first; states have it second
+    return [1 if index > 0 or not module.batch_first else 0 for index in range(len(tensors))]

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from lightning_wn.per_example.engine.batch_axes import input_axes, output_axes
+from lightning_wn.per_example.engine.batch_axes import Axes, input_axes
 from lightning_wn.per_example.engine.layers import Layer
-from lightning_wn.per_example.engine.rerun import Context, Rerun
 from lightning_wn.per_example.engine.shared_tensors import SharedGradient
-from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice, shape_of
+from lightning_wn.per_example.rules.errors import PerExampleError, shape_of
 from lightning_wn.per_example.rules.registry import Rule, Seen
+
+
+@dataclass
+class Context:
+    """What decides what a forward pass computes, beside its arguments: random state and autocast."""
+
+    cpu_state: Tensor
+    device_states: list[tuple[torch.device, Tensor]]
+    device_type: str
+    autocast: tuple[bool, torch.dtype]
+
+    @classmethod
+    def capture(cls, devices: Sequence[torch.device]) -> Context:
+        """Note the state in which a module is about to run; copies a few kilobytes, waits for no device."""
+        accelerators = [device for device in devices if device.type == "cuda"]
+        kind = accelerators[0].type if accelerators else "cpu"
+        return cls(
+            torch.get_rng_state(),
+            [(device, torch.cuda.get_rng_state(device)) for device in accelerators],
+            kind,
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+        )
+
+    @contextmanager
+    def restored(self) -> Iterator[Callable[[], bool]]:
+        """Run in the noted state and put today's back; yields whether random numbers were drawn so far."""
+
+        def drawn() -> bool:
+            now = Context.capture([device for device, _ in self.device_states])
+            same = torch.equal(now.cpu_state, self.cpu_state) and all(
+                torch.equal(a, b) for (_, a), (_, b) in zip(now.device_states, self.device_states, strict=True)
+            )
+            return not same
+
+        with torch.random.fork_rng([device for device, _ in self.device_states]):
+            torch.set_rng_state(self.cpu_state)
+            for device, state in self.device_states:
+                torch.cuda.set_rng_state(state, device)
+            enabled, dtype = self.autocast
+            with torch.autocast(self.device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
+                yield drawn
 
 
 @dataclass(eq=False)
@@ -120,36 +161,10 @@ class Call:
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return Seen(_wide(x, grad), wide, needed), fold
 
-    def axes(self, batch_size: int) -> tuple[int, ...]:
-        """Return the batch dimension of each tensor among the arguments, -1 for what all examples share."""
+    def axes(self, batch_size: int) -> Axes:
+        """Return the batch dimension of each tensor among the arguments, None for what all examples share."""
         arguments = pytree.tree_unflatten(self.leaves, self.spec)
-        axes = input_axes(self.layer.module, arguments, self.tensors, batch_size, self.layer.axis)
-        return tuple(-1 if axis is None else axis for axis in axes)
-
-    def rerun(self, parameters: Mapping[str, nn.Parameter], batch_size: int) -> Rerun:
-        """Get ready to run the module again.
-
-        Raises:
-            PerExampleError: If that would not be what autograd saw.
-        """
-        layer = self.layer
-        if any(output.arrivals > 1 for output in self.outputs):
-            raise reached_twice(layer.label)
-        self.require_intact()
-        if layer.batch_dim == "folded":
-            raise PerExampleError(f"{layer.label} has no rule, and without one 'folded' is not possible: register one")
-        grads = [output.grad for output in self.outputs]
-        shapes = [torch.empty(output.shape, device="meta") for output in self.outputs]
-        out_axes = output_axes(layer.module, shapes, batch_size, layer.axis)
-        if any(grad is not None and axis is None for grad, axis in zip(grads, out_axes, strict=True)):
-            raise PerExampleError(
-                f"an output of {layer.label} has a gradient but no batch dimension: leave its parameters out of the "
-                "measured ones, or register a rule for the module's class"
-            )
-        assert self.context is not None
-        places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        in_axes = [None if axis < 0 else axis for axis in self.axes(batch_size)]
-        return Rerun(layer.module, parameters, self.leaves, self.spec, places, in_axes, grads, out_axes, self.context)
+        return input_axes(self.layer.module, arguments, self.tensors, batch_size, self.layer.axis)
 
 
 def _wide(x: Tensor, grad: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.batch_axes import has_own_axes
-from lightning_wn.per_example.engine.rerun import GenericRule
 from lightning_wn.per_example.rules.errors import PerExampleError, name_of
 from lightning_wn.per_example.rules.gradients import Form, preconditioned_sq_norms, squared_norms
 from lightning_wn.per_example.rules.registry import Rule, is_measured_as_one, rule_for
@@ -84,6 +83,7 @@ class Layer:
         batch_dim: Where the batch lies in its input and output.
         maybe_sequence_first: Whether the model has modules that put the sequence first, and nobody said where the
             batch lies.
+        ways: Which way of running it again works, in training mode and out of it.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Layer:
     parameters: dict[str, nn.Parameter]
     batch_dim: BatchDim
     maybe_sequence_first: bool
-    generic: GenericRule = field(default_factory=GenericRule)
+    ways: dict[bool, int] = field(default_factory=dict)
 
     @property
     def axis(self) -> int:

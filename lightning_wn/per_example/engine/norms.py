@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
-from lightning_wn.per_example.engine.call import Call, OutputGradient, is_private
+from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
-from lightning_wn.per_example.engine.rerun import Context
+from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
 from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice, require_separate_examples
@@ -371,13 +371,7 @@ class PerExampleNorms:
         parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared.gradients}
         if not parameters or not any(output.arrivals for output in call.outputs):
             return
-        rerun = call.rerun(parameters, self._batch_size)
-        recording, self._recording = self._recording, False
-        try:
-            gradients = layer.generic(rerun, self._batch_size, layer.label)
-        finally:
-            self._recording = recording
-        for name, grad in gradients.items():
+        for name, grad in Rerun(call, parameters, self._batch_size).gradients().items():
             form = Dense(grad.to_dense().to(torch.promote_types(grad.dtype, torch.float32)))
             if self._verification is not None:
                 self._verification.add_form(parameters[name], form)
