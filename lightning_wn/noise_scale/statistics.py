@@ -125,9 +125,7 @@ class PairMoments:
         """Return Fieller's interval for the noise scale; see :func:`fieller_interval`."""
         freedom = self.effective_size - 1.0
         # n_eff of a fully decayed mean is 1 up to rounding: one measurement says nothing of its spread
-        if freedom < 1e-6:
-            return 0.0, math.inf
-        quantile = student_t_quantile(confidence, freedom)
+        quantile = math.inf if freedom < 1e-6 else student_t_quantile(confidence, freedom)
         if math.isinf(quantile):
             return 0.0, math.inf
         var_x, cov_xy, var_y = self.covariance_of_means()

@@ -178,11 +178,9 @@ def require_torchs_reduce_scatter(groups: Sequence[ShardedGroup]) -> None:
 
 def reduces_in_low_precision(groups: Sequence[ShardedGroup]) -> bool:
     """Whether a group computes or reduces gradients in 16 bits, which loosens how well checksums can agree."""
-    dtypes = set()
-    for group in groups:
-        policy = group.torch_group.mp_policy
-        dtypes |= {policy.param_dtype, policy.reduce_dtype, *(p.dtype for p in group.parameters)}
-    return any(dtype in _LOW_PRECISION for dtype in dtypes)
+    policies = [group.torch_group.mp_policy for group in groups]
+    dtypes = {dtype for policy in policies for dtype in (policy.param_dtype, policy.reduce_dtype)}
+    return not dtypes.union(p.dtype for group in groups for p in group.parameters).isdisjoint(_LOW_PRECISION)
 
 
 def sharded_data_parallel_size(strategy: Strategy) -> int:
@@ -245,10 +243,9 @@ def _fsdp_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _torch_groups(state: Any) -> list[Any]:
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
     # one group a module in older versions
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def _read_group(name: str, module: Any, torch_group: Any) -> ShardedGroup:

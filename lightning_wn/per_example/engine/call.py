@@ -16,7 +16,7 @@ from lightning_wn.per_example.engine.batch_axes import Axes, input_axes
 from lightning_wn.per_example.engine.layers import Layer
 from lightning_wn.per_example.engine.shared_tensors import SharedGradient
 from lightning_wn.per_example.rules.errors import PerExampleError, shape_of
-from lightning_wn.per_example.rules.registry import Rule, Seen
+from lightning_wn.per_example.rules.registry import Seen
 
 
 @dataclass
@@ -73,7 +73,6 @@ class Call:
         context: Random state and autocast at the call, for layers without a rule.
         input_has_history: Whether the input came out of other operations of the graph.
         shared: Where the result meets the batch, if all examples share it.
-        fired: Whether the rule was applied.
     """
 
     layer: Layer
@@ -84,13 +83,6 @@ class Call:
     context: Context | None
     input_has_history: bool
     shared: SharedGradient | None = None
-    fired: bool = False
-
-    @property
-    def rule(self) -> Rule:
-        """The layer's rule."""
-        assert self.layer.rule is not None
-        return self.layer.rule
 
     @property
     def tensors(self) -> list[Tensor]:

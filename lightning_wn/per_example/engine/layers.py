@@ -123,23 +123,19 @@ def find_layers(
         own = {key: p for key, p in _own_parameters(module).items() if id(p) in wanted}
         if not own:
             continue
-        weight_norm = normalized_weight_of(module)
-        rule = rule_for(module)
+        rule, weight_norm = rule_for(module), normalized_weight_of(module)
         if weight_norm is None and any(isinstance(m, ParametrizationList) for m in _inner(module)):
             rule = None  # an unknown parametrization: run the module again
-        if rule is None:
-            weight_norm = None
+        weight_norm = None if rule is None else weight_norm
         by_name: dict[str, Slot] = {}
         for key, parameter in own.items():
-            parts: tuple[nn.Parameter, ...] = (parameter,)
-            slot_name, shape = key, parameter.shape
-            if weight_norm is not None and any(parameter is part for part in weight_norm.parameters):
-                # tied layers share g and v: one slot for both
-                parts, slot_name, shape = weight_norm.parameters, "weight", weight_norm.direction.shape
-            ids = tuple(map(id, parts))
+            of_weight = weight_norm is not None and any(parameter is part for part in weight_norm.parameters)
+            normed = weight_norm if of_weight else None
+            # tied layers share g and v: one slot for both
+            parts = (parameter,) if normed is None else normed.parameters
             measured = tuple(part for part in parts if id(part) in wanted)
-            normed = weight_norm if slot_name == "weight" else None
-            by_name[slot_name] = slots.setdefault(ids, Slot(shape, measured, normed))
+            slot = slots.setdefault(tuple(map(id, parts)), Slot(parts[-1].shape, measured, normed))
+            by_name[key if normed is None else "weight"] = slot
         said = [dim for pattern, dim in batch_dims.items() if fnmatchcase(name, pattern)]
         batch_dim = said[0] if said else 0
         layers.append(Layer(name, module, rule, by_name, own, batch_dim, sequence_first and not said))

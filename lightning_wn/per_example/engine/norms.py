@@ -29,14 +29,6 @@ class PerExampleNorms:
     L is the loss that is back-propagated. Where that is the mean over B examples, the gradient of example i's
     own loss is B times larger, and its squared norm B² times: no such factor is applied here.
 
-    One measured step::
-
-        norms.before_forward(batch_size)
-        loss = compute_loss(model, batch)
-        norms.before_backward(loss)
-        loss.backward()
-        sq_norms = norms.after_backward()  # (B,)
-
     Layers with a rule are answered for as soon as autograd reaches them, from their input, which autograd
     keeps anyway, and their output's gradient. A parameter with several uses waits for all of them: gradients
     add up, norms do not. A module with parameters and no rule is run again example by example, unless its
@@ -71,7 +63,7 @@ class PerExampleNorms:
         >>> loss = layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum()
         >>> norms.before_backward(loss)
         >>> loss.backward()
-        >>> norms.after_backward()
+        >>> norms.after_backward()  # (B,)
         tensor([ 5., 25.])
         >>> norms.detach()
     """
@@ -279,13 +271,13 @@ class PerExampleNorms:
     def _answer(self, call: Call) -> None:
         """Apply the layer's rule; called by autograd when the gradient of the output is known."""
         layer = call.layer
-        if call.fired:
+        if sum(output.arrivals for output in call.outputs) > 1:
             raise reached_twice(layer.label)
-        call.fired = True
+        assert layer.rule is not None
         grad = call.arrived_gradient()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             seen, fold = call.seen(grad, self._batch_size)
-            self._take_forms(layer, dict(call.rule(layer.module, seen)), fold)
+            self._take_forms(layer, dict(layer.rule(layer.module, seen)), fold)
         if self._verification is not None:
             total = grad if call.shared is None else grad.sum(0)
             self._verification.add_call(layer.module, layer.parameters, call.leaves, call.spec, total)
