@@ -13,12 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_wn.arguments import is_whole
+from lightning_wn.batch_size.learning_rate import BY_NOISE_SCALE, LEARNING_RATE_RULES
 from lightning_wn.callbacks.adaptive_batch_size.rule import AccumulationRule
 from lightning_wn.callbacks.adaptive_batch_size.schedule import AccumulationSchedule
 from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.callbacks.scheduler_clock import step_schedulers
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 from lightning_wn.trainer import callbacks_of
+
+_WITHOUT_NOISE_SCALE = [rule for rule in LEARNING_RATE_RULES if rule not in BY_NOISE_SCALE]
 
 
 def check_steps(name: str, value: object, least: int) -> None:
@@ -116,8 +119,8 @@ def find_noise_scale(trainer: Trainer, prefix: str | None, *, needed: bool) -> G
     if not found:
         raise ValueError(
             "`AdaptiveBatchSizeCallback` follows the noise scale, and the Trainer has no `GradientNoiseScaleCallback`; "
-            "add one to `Trainer(callbacks=[...])`, or give a `schedule` with `learning_rate='sqrt'`, 'linear' or "
-            "'none'."
+            "add one to `Trainer(callbacks=[...])`, or give a `schedule` with a `learning_rate` of "
+            f"{_WITHOUT_NOISE_SCALE}."
         )
     raise ValueError(
         f"`noise_scale_prefix` must name one of the Trainer's `GradientNoiseScaleCallback`s, got {prefix!r}; their "
@@ -132,7 +135,7 @@ def require_noise_scale(callback: GradientNoiseScaleCallback, learning_rate: str
         raise RuntimeError(
             f"`learning_rate={learning_rate!r}` goes by the noise scale, and none was measured before the schedule "
             f"changed the batch size at optimizer step {step}; let the schedule begin later, lower "
-            "`log_every_n_steps`, or use `learning_rate='sqrt'` or 'linear'."
+            f"`log_every_n_steps`, or use a `learning_rate` of {_WITHOUT_NOISE_SCALE}."
         )
     return noise_scale
 

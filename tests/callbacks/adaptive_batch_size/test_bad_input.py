@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_wn import AdaptiveBatchSizeCallback, GradientNoiseScaleCallback
+from lightning_wn.batch_size.learning_rate import LEARNING_RATE_RULES
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from lightning_wn import AdaptiveBatchSizeCallback, GradientNoiseScaleCallback
         ({"target": -1.0}, "`target` must be a positive fraction"),
         ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of optimizer steps, 1 or more, got 0"),
         ({"warmup_steps": 1.5}, "`warmup_steps` must be a whole number of optimizer steps, 0 or more, got 1.5"),
-        ({"learning_rate": "cubic"}, "`learning_rate` must be one of ['sqrt', 'linear', 'sgd', 'adam', 'none']"),
+        ({"learning_rate": "cubic"}, f"`learning_rate` must be one of {list(LEARNING_RATE_RULES)}, got 'cubic'"),
         ({"scheduler_clock": "wall"}, "`scheduler_clock` must be one of ['auto', 'batches', 'steps'], got 'wall'"),
         ({"schedule": {}}, "`schedule` must map positions"),
         ({"schedule": {0: 2}, "schedule_by": "hour"}, "`schedule_by` must be one of ['step', 'epoch', 'examples',"),

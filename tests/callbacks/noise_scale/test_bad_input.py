@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import lightning as L
 import numpy as np
@@ -25,6 +26,7 @@ from torch import nn
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.batch_counting import count_examples
+from lightning_wn.probes.choice import PROBES
 from lightning_wn.probes.requirements import parameter_placement
 
 
@@ -35,11 +37,12 @@ def test_ema_decay(decay):
 
 
 def test_unknown_probe():
-    with pytest.raises(
-        ValueError,
-        match=r"`probe` must be one of \['auto', 'micro_batch', 'sharded', 'per_example', 'consecutive'\], got 'micro'",
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"`probe` must be one of {['auto', *PROBES]}, got 'micro'")):
         GradientNoiseScaleCallback("micro")
+
+
+def test_every_probe_has_a_name_that_users_may_give():
+    assert get_args(get_type_hints(GradientNoiseScaleCallback.__init__)["probe"]) == ("auto", *PROBES)
 
 
 @pytest.mark.parametrize("argument", ["every_n_steps", "curvature_every_n_steps"])
