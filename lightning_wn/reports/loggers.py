@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from lightning_wn.noise_scale.drawing import import_pyplot
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def log_figure_to(loggers: Sequence[Logger], name: str, figure: Figure, *, step: int) -> list[Logger]:
-    """Log a figure to TensorBoard, W&B and MLflow, and close it.
+    """Log a figure to TensorBoard, W&B and MLflow, where it is a file of this name; close it, and return who took it.
 
-    Args:
-        loggers: Loggers of other kinds take no figure and are passed over.
-        name: As a logged key; MLflow stores it as a file of this name.
-        figure: A matplotlib figure.
-        step: The optimizer step that it is of.
-
-    Returns:
-        The loggers that took it.
+    Loggers of other kinds take no figure and are passed over.
     """
-    from lightning_wn.noise_scale.drawing import import_pyplot  # noqa: PLC0415 - matplotlib is optional
-
     took: list[Logger] = []
     for logger in loggers:
         experiment: Any = logger.experiment if isinstance(logger, TensorBoardLogger | MLFlowLogger) else None
@@ -47,10 +40,6 @@ def add_margin_chart(loggers: Sequence[Logger], prefixes: Sequence[str]) -> None
 
     TensorBoard keeps one layout a run: one of the user's own, written before or after, shares the tab with this one or
     replaces it, as TensorBoard decides.
-
-    Args:
-        loggers: Those that are not TensorBoard's are passed over.
-        prefixes: Starts of the logged keys, one a noise scale.
     """
     layout = {
         prefix: {

@@ -147,22 +147,18 @@ def _candidate_table(advice: BatchSizeAdvice) -> str:
 
 def _picture(history: Mapping[str, Sequence[float]], advice: BatchSizeAdvice, prefix: str) -> str:
     """Return the figure twice, for light and dark, of which a browser takes one."""
-    light, dark = (_as_data(history, advice, prefix, theme) for theme in ("light", "dark"))
+    plt, pictures = import_pyplot(), []
+    themes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    for theme in themes:
+        figure, data = plot_run(history, advice, prefix=prefix, theme=theme), BytesIO()
+        # the same page for the same run
+        with plt.rc_context({"svg.hashsalt": "lightning_wn"}):
+            figure.savefig(data, format="svg", metadata={"Date": None}, facecolor=figure.get_facecolor())
+        plt.close(figure)
+        pictures.append("data:image/svg+xml;base64," + base64.b64encode(data.getvalue()).decode())
+    light, dark = pictures
     text = "Noise scale over steps, its two parts, the trade-off curve, and the efficiency of other batch sizes."
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{text}"></picture>'
     )
-
-
-def _as_data(
-    history: Mapping[str, Sequence[float]], advice: BatchSizeAdvice, prefix: str, theme: Literal["light", "dark"]
-) -> str:
-    plt = import_pyplot()
-    figure = plot_run(history, advice, prefix=prefix, theme=theme)
-    data = BytesIO()
-    # the same page for the same run
-    with plt.rc_context({"svg.hashsalt": "lightning_wn"}):
-        figure.savefig(data, format="svg", metadata={"Date": None}, facecolor=figure.get_facecolor())
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(data.getvalue()).decode()

@@ -50,7 +50,7 @@ def plot_run(
     the goodput where the run's times are known.
 
     Args:
-        history: As for :func:`~.noise_scale_figure.plot_noise_scale`, and ``"<prefix>/grad_sq_norm"`` and
+        history: As for :func:`~lightning_wn.reports.plot_noise_scale`, and ``"<prefix>/grad_sq_norm"`` and
             ``"<prefix>/cov_trace"`` with it.
         advice: What ``GradientNoiseScaleCallback.advise()`` returns.
         prefix: Start of the logged keys.
