@@ -24,7 +24,7 @@ class PlannedTrainer(Trainer):
     """
 
     plan: Callable[[Trainer], int] | None = None
-    """Called when the model asks; the data may be set up by then."""
+    """Called when the model asks, which may be before its Trainer has set the data up."""
 
     @property
     def max_steps(self) -> int:

@@ -208,8 +208,6 @@ class BranchTrainer:
             model = self.fresh_model(plan.seed)
             data = self.data(micro_batch) if callable(self.data) else own_copy(self.data, "data")
             trainer = self._trainer({"accumulate_grad_batches": accumulate}, watch)
-            if self.ckpt_path is None:  # behind a checkpoint nothing says how long the run is meant to be
-                trainer.plan = schedule.planned_steps
             is_module = isinstance(data, LightningDataModule)
             loaders: dict[str, Any] = {"datamodule" if is_module else "train_dataloaders": data}
             validation = {} if is_module else {"val_dataloaders": copy_without_trainer(self.val_dataloaders)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_wn.callbacks.noise_scale.callback import GradientNoiseScaleCallback
 from lightning_wn.callbacks.whole_windows import WholeWindows
-from lightning_wn.critical_batch_size.branch_schedule import BranchSchedule
+from lightning_wn.critical_batch_size.branch_schedule import BranchSchedule, PlannedTrainer
 from lightning_wn.critical_batch_size.isolation import require_callbacks_in_place
 from lightning_wn.critical_batch_size.loss_curve import SMOOTHING, CurveRecorder, LossCurve
 from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
@@ -65,6 +65,7 @@ class BranchWatch(WholeWindows):
         self._steps = 0
         self._batches = 0
         self._batches_before = 0
+        self._batches_without_loss = 0
         self._look_at = 1
         # of the window under way, and of windows whose losses are still on the device
         self._here: list[tuple[Tensor, float | Tensor]] = []
@@ -95,8 +96,11 @@ class BranchWatch(WholeWindows):
         return self.diverged or self._examples >= self.schedule.num_examples or self._is_there()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse callbacks out of place; the model's own are among the Trainer's by now."""
+        """Refuse callbacks out of place, the model's own among them, and say how long training is when it is asked."""
         require_callbacks_in_place(callbacks_of(trainer), f"`configure_callbacks` of {type(pl_module).__name__}")
+        # data modules are set up by now; behind a checkpoint nothing says how long the run is meant to be
+        if isinstance(trainer, PlannedTrainer) and stage == "fit" and trainer.ckpt_path is None:
+            trainer.plan = self.schedule.planned_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the optimizer's step."""
@@ -120,6 +124,12 @@ class BranchWatch(WholeWindows):
             # Lightning has divided it
             loss = loss.detach() * trainer.accumulate_grad_batches
             self._here.append((loss, count_examples(batch, self._batch_size_fn).total))
+            self._batches_without_loss = 0
+        else:
+            self._batches_without_loss += 1
+            without_loss = self._batches_without_loss / trainer.accumulate_grad_batches * self.schedule.batch_size
+            if without_loss >= self.schedule.num_examples:  # no example counts, and there would be no end
+                trainer.should_stop = True
         if not self._stepped:
             return
         self._stepped = False
