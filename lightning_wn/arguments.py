@@ -7,22 +7,12 @@ from numbers import Integral, Real
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Whether an argument is a whole number of at least ``least``; True and False are none.
-
-    Example:
-        >>> [is_whole(value) for value in (1, 0, True, 2.0, "3")]
-        [True, False, False, False, False]
-    """
+    """Whether an argument is a whole number of at least ``least``; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_between(value: object, low: float, high: float = math.inf) -> bool:
-    """Whether an argument is a number strictly between two; NaN, True and False are none.
-
-    Example:
-        >>> [is_between(value, 0.0) for value in (0.5, 0, math.inf, math.nan, True)]
-        [True, False, False, False, False]
-    """
+    """Whether an argument is a number strictly between two; NaN, True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and low < float(value) < high
 
 

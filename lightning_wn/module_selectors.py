@@ -29,10 +29,6 @@ def as_selectors(argument: str, value: ModuleSelection) -> tuple[ModuleSelector,
 
     Raises:
         TypeError: If an entry is none of what is allowed.
-
-    Example:
-        >>> as_selectors("modules", "encoder.*")
-        ('encoder.*',)
     """
     entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for entry in entries:
@@ -43,12 +39,7 @@ def as_selectors(argument: str, value: ModuleSelection) -> tuple[ModuleSelector,
 
 
 def matcher(entry: ModuleSelector) -> Callable[[str, nn.Module], bool]:
-    """Return the predicate (name, module) -> bool that an entry stands for.
-
-    Example:
-        >>> matcher("encoder.*")("encoder.0", nn.Linear(1, 1)), matcher("torch.nn.Linear")("", nn.ReLU())
-        (True, False)
-    """
+    """Return the predicate (name, module) -> bool that an entry stands for."""
     if isinstance(entry, str):
         named_type = _imported_type(entry)
         if named_type is None:
@@ -62,12 +53,7 @@ def matcher(entry: ModuleSelector) -> Callable[[str, nn.Module], bool]:
 
 
 def show_selection(selection: ModuleSelection | None) -> str:
-    """Write a selection out as its user would, for error messages.
-
-    Example:
-        >>> show_selection([nn.Linear, "encoder.*"])
-        "[Linear, 'encoder.*']"
-    """
+    """Write a selection out as its user would, for error messages."""
     if isinstance(selection, type):
         return selection.__qualname__
     if isinstance(selection, str) or selection is None or not isinstance(selection, Sequence):

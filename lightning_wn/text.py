@@ -11,10 +11,6 @@ def text_table(columns: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
     Args:
         columns: Name and cells of each; equally many cells.
-
-    Example:
-        >>> text_table([("size", ["8", "16"]), ("steps", ["1,280", "640"])])
-        ['  size  steps', '     8  1,280', '    16    640']
     """
     table = [[name, *cells] for name, cells in columns]
     widths = [max(map(len, column)) for column in table]
@@ -23,12 +19,7 @@ def text_table(columns: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
 
 def format_count(value: float) -> str:
-    """Format a number of examples for people: three significant digits, no exponent below a million.
-
-    Example:
-        >>> [format_count(x) for x in (0.1234, 84.36, 1234.5, 2.5e7, float("inf"))]
-        ['0.123', '84.4', '1,230', '2.5e+07', 'inf']
-    """
+    """Format a number of examples for people: three significant digits, no exponent below a million."""
     if not math.isfinite(value) or value == 0.0:
         return f"{value:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -36,11 +27,6 @@ def format_count(value: float) -> str:
 
 
 def some(names: Iterable[object]) -> str:
-    """Write out the first names of a list, for messages.
-
-    Example:
-        >>> some(["a", "b", "c", "d", "e", "f"])
-        'a, b, c, d and 2 more'
-    """
+    """Write out the first names of a list, for messages."""
     words = [str(name) for name in names]
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

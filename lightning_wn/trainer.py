@@ -96,9 +96,6 @@ def require_lightning_trainer(trainer: object, callback_name: str) -> None:
 
     Raises:
         TypeError: If the Trainer's class comes from ``pytorch_lightning``.
-
-    Example:
-        >>> require_lightning_trainer(pl.Trainer(logger=False, barebones=True), "MyCallback")
     """
     if isinstance(trainer, pl.Trainer):
         return
@@ -112,22 +109,12 @@ def require_lightning_trainer(trainer: object, callback_name: str) -> None:
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
-    """Return the Trainer's callbacks, in the order in which their hooks run.
-
-    Example:
-        >>> callbacks_of(pl.Trainer(logger=False, barebones=True, callbacks=[Callback()]))[0].state_key
-        'Callback'
-    """
+    """Return the Trainer's callbacks, in the order in which their hooks run."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
 
 
 def training_batches(data: Batches) -> Iterable[Any]:
-    """Return what gives the batches; a DataModule is set up for it.
-
-    Example:
-        >>> training_batches([1, 2])
-        [1, 2]
-    """
+    """Return what gives the batches; a DataModule is set up for it."""
     if not isinstance(data, LightningDataModule):
         return data
     data.prepare_data()

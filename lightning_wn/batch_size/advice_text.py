@@ -43,12 +43,7 @@ def way_there(configuration: RunConfiguration, ratio: float, accumulate_grad_bat
 
 
 def change(factor: float, what: str) -> str:
-    """Say "2.5x fewer steps", "1.6x the examples" or "as many steps".
-
-    Example:
-        >>> change(0.4, "steps"), change(1.6, "examples"), change(0.99, "steps")
-        ('2.5x fewer steps', '1.6x the examples', 'as many steps')
-    """
+    """Say "2.5x fewer steps", "1.6x the examples" or "as many steps"."""
     times = f"{max(factor, 1.0 / factor):.2g}x"
     if times == "1x":
         return f"as many {what}"
@@ -56,12 +51,7 @@ def change(factor: float, what: str) -> str:
 
 
 def times_noise_scale(target: float) -> str:
-    """Name the wished batch size.
-
-    Example:
-        >>> times_noise_scale(1.0), times_noise_scale(0.1)
-        ('the noise scale', '0.1 times the noise scale')
-    """
+    """Name the wished batch size."""
     return "the noise scale" if target == 1 else f"{target:g} times the noise scale"
 
 

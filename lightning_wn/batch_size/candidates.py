@@ -89,12 +89,7 @@ def make_candidate(
 
 
 def reachable_sizes(batch_size: float, accumulate_grad_batches: int | None, suggested: float) -> list[float]:
-    """Return a quarter to 16 times a batch size as far as accumulation reaches, with the suggested one, in order.
-
-    Example:
-        >>> reachable_sizes(32.0, 2, 96.0)
-        [16.0, 32.0, 64.0, 96.0, 128.0, 256.0, 512.0]
-    """
+    """Return a quarter to 16 times a batch size as far as accumulation reaches, with the suggested one, in order."""
     accumulate = accumulate_grad_batches
     multiples = [m for m in _MULTIPLES if accumulate is None or float(m * accumulate).is_integer()]
     return sorted({m * batch_size for m in multiples} | {suggested})
@@ -143,12 +138,7 @@ def candidate_table(columns: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
 
 def format_hours(hours: float) -> str:
-    """Format a time for people.
-
-    Example:
-        >>> [format_hours(x) for x in (0.0002, 0.05, 1.234, 400.0)]
-        ['0.72 s', '3 min', '1.2 h', '16.7 d']
-    """
+    """Format a time for people."""
     if hours < 1 / 60:
         return f"{hours * 3600:.2g} s"
     if hours < 1:

@@ -64,17 +64,7 @@ def doubts_about(
 
 
 def more_to_measure(estimate: NoiseScaleEstimate, run: ObservedRun) -> str:
-    """Say how many more steps narrow the interval to ±20 %; empty where it is narrow enough, or says nothing.
-
-    Example:
-        >>> estimate = NoiseScaleEstimate(
-        ...     grad_sq_norm=0.05, cov_trace=6.4, noise_scale=100.0, lower=70.0, upper=130.0, batch_size=32.0,
-        ...     num_measurements=80, coverage=1.0, unit="examples", probe="micro_batch", confidence=0.95)
-        >>> more_to_measure(estimate, ObservedRun(every_n_steps=10))
-        'Measure about 1,000 more optimizer steps for ±20 % (every_n_steps=10; now ±30 %).'
-        >>> more_to_measure(estimate, ObservedRun(ema_decay=0.95))
-        'The average is too short for ±20 % (now ±30 %): give it ema_decay=0.984 or half_life_steps=43.'
-    """
+    """Say how many more steps narrow the interval to ±20 %; empty where it is narrow enough, or says nothing."""
     if math.isnan(run.ema_decay):
         return ""
     present = relative_half_width(estimate.noise_scale, estimate.lower, estimate.upper)

@@ -22,14 +22,6 @@ def optimizer_family(optimizer: Optimizer) -> OptimizerFamily | None:
 
     Known are torch's own classes and what derives from them, everything with Adam in its name, and what keeps Adam's
     second moment.
-
-    Example:
-        >>> import torch
-        >>> weights = [torch.nn.Parameter(torch.zeros(1))]
-        >>> optimizer_family(torch.optim.SGD(weights)), optimizer_family(torch.optim.AdamW(weights))
-        ('sgd', 'adam')
-        >>> optimizer_family(torch.optim.LBFGS(weights)) is None
-        True
     """
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if any("adam" in name.lower() for name in names) or names & _ADAM_LIKE:
@@ -62,10 +54,6 @@ def learning_rate_factor(rule: LearningRateRule, old: float, new: float, noise_s
         old: The batch size that the learning rate was chosen for.
         new: Another one, in the same unit.
         noise_scale: The noise scale in that unit, for ``"sgd"`` and ``"adam"``.
-
-    Example:
-        >>> [learning_rate_factor(rule, 32, 128, 128) for rule in ("sqrt", "linear", "sgd", "none")]
-        [2.0, 4.0, 2.5, 1.0]
     """
     return LEARNING_RATE_RULES[rule](old, new, noise_scale)
 

@@ -6,24 +6,14 @@ import math
 
 
 def relative_half_width(noise_scale: float, lower: float, upper: float) -> float:
-    """Return half the interval's length over the noise scale; infinite where the interval is open.
-
-    Example:
-        >>> relative_half_width(100, 70, 130)
-        0.3
-    """
+    """Return half the interval's length over the noise scale; infinite where the interval is open."""
     if not (math.isfinite(noise_scale) and noise_scale > 0 and math.isfinite(upper)):
         return math.inf
     return (upper - lower) / (2.0 * noise_scale)
 
 
 def effective_size(num_measurements: float, ema_decay: float) -> float:
-    """Return (Σw)²/Σw² of the weights 1, d, d², ...: how many equally weighted measurements an average is worth.
-
-    Example:
-        >>> effective_size(400, 1.0), round(effective_size(400, 0.99)), effective_size(math.inf, 0.5)
-        (400, 192, 3.0)
-    """
+    """Return (Σw)²/Σw² of the weights 1, d, d², ...: how many equally weighted measurements an average is worth."""
     if ema_decay == 1.0:
         return num_measurements
     faded: float = ema_decay**num_measurements
@@ -45,10 +35,6 @@ def measurements_for(wished: float, present: float, num_measurements: int, ema_d
     Returns:
         A whole number, 0 where the interval is narrow enough, infinite where ``ema_decay`` must be nearer to 1,
         and NaN where the present interval is open and says nothing.
-
-    Example:
-        >>> measurements_for(0.2, 0.4, 100, 1.0), measurements_for(0.2, 0.4, 100, 0.99)
-        (300, inf)
     """
     if not math.isfinite(present) or num_measurements < 1:
         return math.nan
@@ -66,12 +52,7 @@ def measurements_for(wished: float, present: float, num_measurements: int, ema_d
 
 
 def decay_for(wished: float, present: float, num_measurements: int, ema_decay: float) -> float:
-    """Return an ``ema_decay`` whose average is long enough for the wished half width, with half as much to spare.
-
-    Example:
-        >>> decay_for(0.2, 0.4, 400, 0.99)
-        0.9983
-    """
+    """Return an ``ema_decay`` whose average is long enough for the wished half width, with half as much to spare."""
     needed = 1.5 * effective_size(num_measurements, ema_decay) * (present / wished) ** 2
     # two digits of what is missing to 1
     return 1.0 - float(f"{2.0 / (needed + 1.0):.1e}")

@@ -53,10 +53,6 @@ def carry_interval(rule: Callable[[float], float], noise_scale: float, lower: fl
         noise_scale: The estimate of B_crit.
         lower: Lower end of its interval, from 0.
         upper: Upper end, up to infinity.
-
-    Example:
-        >>> carry_interval(lambda critical: steps_factor(32, 128, critical), 128, 32, math.inf)
-        Factor(value=0.4, lower=0.25, upper=0.625)
     """
     ends = sorted((rule(lower), rule(upper)))
     return Factor(rule(noise_scale), *ends)
@@ -75,43 +71,24 @@ def efficiency(batch_size: float, critical_batch_size: float) -> float:
     """Return E_min/E, the share of the examples that training at this batch size really needs.
 
     The statistical efficiency of Qiao et al. (Pollux, OSDI 2021, section 3.1), beside the smallest batch.
-
-    Example:
-        >>> efficiency(32, 96)
-        0.75
     """
     return 1.0 / examples_cost(batch_size, critical_batch_size)
 
 
 def steps_cost(batch_size: float, critical_batch_size: float) -> float:
-    """Return S/S_min = 1 + B_crit/B, optimizer steps over the fewest possible.
-
-    Example:
-        >>> steps_cost(32, 128)
-        5.0
-    """
+    """Return S/S_min = 1 + B_crit/B, optimizer steps over the fewest possible."""
     return 1.0 + critical_batch_size / batch_size
 
 
 def examples_cost(batch_size: float, critical_batch_size: float) -> float:
-    """Return E/E_min = 1 + B/B_crit, examples over the fewest possible.
-
-    Example:
-        >>> examples_cost(32, 128)
-        1.25
-    """
+    """Return E/E_min = 1 + B/B_crit, examples over the fewest possible."""
     if critical_batch_size == 0:
         return math.inf
     return 1.0 + batch_size / critical_batch_size
 
 
 def steps_factor(old: float, new: float, critical_batch_size: float) -> float:
-    """Return the steps to the same loss at batch size ``new``, over those at ``old``.
-
-    Example:
-        >>> steps_factor(32, 128, 128)
-        0.4
-    """
+    """Return the steps to the same loss at batch size ``new``, over those at ``old``."""
     return examples_factor(old, new, critical_batch_size) * old / new
 
 
@@ -119,10 +96,6 @@ def examples_factor(old: float, new: float, critical_batch_size: float) -> float
     """Return the examples to the same loss at batch size ``new``, over those at ``old``.
 
     Written so that the limits hold: new/old where B_crit is 0, and 1 where it is infinite.
-
-    Example:
-        >>> examples_factor(32, 128, 128), examples_factor(32, 128, 0), examples_factor(32, 128, math.inf)
-        (1.6, 4.0, 1.0)
     """
     if math.isinf(critical_batch_size):
         return 1.0

@@ -15,18 +15,6 @@ class ScaledLearningRate:
     Schedulers, loggers and checkpoints read ``group["lr"]`` between steps and never see the factor. Lightning runs
     the forward and backward pass inside ``optimizer.step(closure)``, except where a gradient scaler calls the step
     afterwards, or not at all: so the rates are changed when both the step has begun and the gradient is ready.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.nn.Parameter(torch.ones(1))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
-        >>> scaled = ScaledLearningRate(optimizer)
-        >>> scaled.factor = 2.0
-        >>> weight.grad = torch.ones(1) / 4
-        >>> scaled.gradient_is_ready()
-        >>> optimizer.step()
-        >>> float(weight.detach()), optimizer.param_groups[0]["lr"]
-        (0.75, 0.5)
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

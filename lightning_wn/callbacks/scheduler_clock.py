@@ -17,11 +17,6 @@ class SchedulerClock:
 
     Args:
         first: The first batch size, in what positions count: micro-batches, or examples.
-
-    Example:
-        >>> clock = SchedulerClock(first=2)
-        >>> [clock.owed(batches, is_last=batches == 10) for batches in (2, 6, 10)]  # windows of 2, 4 and 4
-        [0, 1, 1]
     """
 
     def __init__(self, first: float) -> None:
@@ -62,10 +57,6 @@ class SchedulerClock:
         Args:
             length: Of the training, in what positions count.
             epoch: The same of an epoch.
-
-        Example:
-            >>> SchedulerClock(first=8).steps(250, epoch=100)  # twice 13, the last of 4, and 7 for the rest
-            33
         """
         if epoch >= length:
             return math.ceil(length / self.first)

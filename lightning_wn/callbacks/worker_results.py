@@ -15,12 +15,6 @@ class WorkerResults:
 
     ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` run ``fit`` in copies of the callback, and nothing of
     them returns except the model's weights. A tensor in shared memory is the same in all copies.
-
-    Example:
-        >>> results = WorkerResults()
-        >>> results.hand_over({"steps": 3})
-        >>> results.collect() is None  # a process does not get its own result
-        True
     """
 
     def __init__(self) -> None:

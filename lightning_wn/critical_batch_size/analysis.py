@@ -112,13 +112,7 @@ class Excess:
 
 
 def loss_excess(batch_size: float, differences: Sequence[float], confidence: float = 0.95) -> Excess:
-    """Return the mean of paired differences, with its interval.
-
-    Example:
-        >>> excess = loss_excess(64, [0.01, 0.03, 0.02])
-        >>> round(excess.value, 3), round(excess.error, 4)
-        (0.02, 0.0058)
-    """
+    """Return the mean of paired differences, with its interval."""
     value = fmean(differences)
     if len(differences) < 2 or not math.isfinite(value):
         return Excess(batch_size=batch_size, value=value, error=math.nan, margin=math.nan)
@@ -136,12 +130,6 @@ def largest_within(excesses: Sequence[Excess], tolerance: float) -> Factor:
     Args:
         excesses: By batch size, the smallest first.
         tolerance: In the unit of the loss.
-
-    Example:
-        >>> sizes = [(8, 0.0), (16, 0.002), (32, 0.006), (64, 0.03)]
-        >>> excesses = [Excess(batch_size=b, value=v, error=0.001, margin=0.005) for b, v in sizes]
-        >>> largest_within(excesses, 0.01)
-        Factor(value=32, lower=16, upper=64)
     """
 
     def margin(excess: Excess) -> float:

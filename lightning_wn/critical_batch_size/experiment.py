@@ -120,12 +120,7 @@ class Sweep:
 
     @classmethod
     def of(cls, batch_sizes: Iterable[int], seeds: Iterable[int], **others: Any) -> Sweep:
-        """Return a sweep over what a user gives, in order, without repetition, in Python's own numbers.
-
-        Example:
-            >>> Sweep.of([32, 8, 8], [0], num_examples=64).batch_sizes
-            (8, 32)
-        """
+        """Return a sweep over what a user gives, in order, without repetition, in Python's own numbers."""
         sizes = tuple(sorted({plain(size) for size in batch_sizes}))
         return cls(batch_sizes=sizes, seeds=tuple(map(plain, seeds)), **{k: plain(v) for k, v in others.items()})
 
@@ -135,12 +130,7 @@ class Sweep:
         return self.batch_sizes[0] if self.base_batch_size is None else self.base_batch_size
 
     def rule_factor(self, size: int) -> float:
-        """Return what the rule multiplies the learning rate with at a batch size.
-
-        Example:
-            >>> Sweep(batch_sizes=(8, 32), num_examples=64).rule_factor(32)
-            2.0
-        """
+        """Return what the rule multiplies the learning rate with at a batch size."""
         return learning_rate_factor(self.learning_rate, self.base, size, math.nan)
 
     def plans(self, size: int, exponent: int) -> list[BranchPlan]:
@@ -162,10 +152,6 @@ def window_shape(size: int, micro_batch: int | None, ranks: int, max_micro_batch
         micro_batch: Examples in a batch of the data; None where it is made to order.
         ranks: How many there are.
         max_micro_batch: Most examples that a rank has room for.
-
-    Example:
-        >>> window_shape(64, micro_batch=16, ranks=2, max_micro_batch=None)
-        (16, 2)
     """
     if micro_batch is not None:
         if size % (micro_batch * ranks):

@@ -34,14 +34,6 @@ class LossCurve:
 
         Between points it is interpolated in log(steps). The last part, which smoothing needs to look ahead, does not
         count as reached.
-
-        Example:
-            >>> steps = tuple(range(1, 400))
-            >>> curve = LossCurve(steps, steps, tuple(2.0 * step**-0.5 for step in steps))
-            >>> round(curve.steps_to(0.2))  # after 100 steps it is 2/√100
-            100
-            >>> curve.steps_to(0.01)
-            inf
         """
         smoother = Smoother(self, smoothing)
         before: tuple[float, float] | None = None
@@ -62,10 +54,6 @@ class LossCurve:
         """Return the mean loss between each two neighbours of ``edges``, which count examples.
 
         Where a point reaches over an edge, its loss counts on both sides by its share.
-
-        Example:
-            >>> LossCurve((1, 2, 3), (10, 20, 30), (3.0, 2.0, 1.0)).means([10, 30])
-            [1.5]
         """
         totals, weights = [0.0] * (len(edges) - 1), [0.0] * (len(edges) - 1)
         begin = 0.0
@@ -87,11 +75,6 @@ class Smoother:
     Args:
         curve: The losses.
         smoothing: Points from ``step / (1 + smoothing)`` to ``step * (1 + smoothing)`` count. 0 joins the points.
-
-    Example:
-        >>> curve = LossCurve((1, 2, 3, 4), (8, 16, 24, 32), (4.0, 3.0, 2.0, 1.0))
-        >>> round(Smoother(curve, smoothing=0)(2), 6)
-        3.0
     """
 
     def __init__(self, curve: LossCurve, smoothing: float = SMOOTHING) -> None:
@@ -129,15 +112,7 @@ class Smoother:
 
 
 class CurveRecorder:
-    """Collects a :class:`LossCurve`; where it gets long, neighbours are joined, so that memory stays small.
-
-    Example:
-        >>> recorder = CurveRecorder(most_points=2)
-        >>> for loss in (4.0, 2.0, 1.0):
-        ...     recorder.add(examples=8, loss=loss)
-        >>> recorder.curve()
-        LossCurve(steps=(2, 3), examples=(16.0, 24.0), losses=(3.0, 1.0))
-    """
+    """Collects a :class:`LossCurve`; where it gets long, neighbours are joined, so that memory stays small."""
 
     def __init__(self, most_points: int = _MOST_POINTS) -> None:
         self.most_points = most_points

@@ -37,10 +37,6 @@ def tune(attempt: Callable[[int, float], tuple[float, T]], start: int, *, fixed:
             worse than the least so far, or no good at all.
         start: Where to begin.
         fixed: Only try ``start``.
-
-    Example:
-        >>> tune(lambda exponent, best: ((exponent - 3) ** 2, f"rate {2.0**exponent}"), start=0)
-        Tuned(exponent=3, outcome='rate 8.0', at_edge=False)
     """
     tried: dict[int, tuple[float, T]] = {start: attempt(start, math.inf)}
 

@@ -38,14 +38,6 @@ def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> BatchCount:
 
     Raises:
         ValueError: If the count cannot be inferred or is not positive.
-
-    Example:
-        >>> import torch
-        >>> count_examples({"x": torch.zeros(8, 3), "y": torch.zeros(8)}, None).total
-        8
-        >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-        >>> count_examples({"mask": mask}, lambda batch: batch["mask"].sum(1)).total
-        tensor(4)
     """
     if batch_size_fn is not None:
         count = batch_size_fn(batch)

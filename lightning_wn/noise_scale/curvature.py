@@ -42,12 +42,6 @@ def curvature_samples(
     Raises:
         ValueError: If the loss cannot be differentiated twice. An operation of the user's own that is marked
             ``once_differentiable`` and comes last of all hides that from autograd, and counts as linear.
-
-    Example:
-        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
-        >>> loss = lambda: (w ** 2 @ torch.tensor([0.5, 1.0]))  # g = (1, 4), H = diag(1, 2)
-        >>> float(curvature_samples([w], loss, [(loss, 1), (loss, 1)]).grad_sq_norm)
-        33.0
     """
     with _twice_differentiable(), torch.enable_grad():
         slopes = gradients_or_zeros(hessian_loss(), parameters, create_graph=True)

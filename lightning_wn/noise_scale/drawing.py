@@ -45,15 +45,6 @@ def seen_on(ax: Any, color: str) -> Any:
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
-
-    Example:
-        >>> figure, ax = import_pyplot().subplots()
-        >>> seen_on(ax, "#000000")
-        '#000000'
-        >>> ax.set_facecolor("black")
-        >>> [round(part, 2) for part in seen_on(ax, "#000000")]
-        [0.4, 0.4, 0.4]
-        >>> import_pyplot().close(figure)
     """
     from matplotlib.colors import to_rgb, to_rgba  # noqa: PLC0415 - optional, see above
 

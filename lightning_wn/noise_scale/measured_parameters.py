@@ -137,12 +137,6 @@ def find_measured(
     Raises:
         ValueError: If an entry matches no trainable parameter, or a group none that is measured, and for a parameter
             that is sparse itself.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-        >>> found = find_measured(model, list(model.parameters()), layers=None, groups={"norms": nn.LayerNorm})
-        >>> [tuple(p.shape) for p in found.groups[0]]
-        [(2,), (2,)]
     """
     chosen = {id(p) for p in (trainable if layers is None else _named("layers", layers, model, trainable))}
     measured = [p for p in trainable if id(p) in chosen]

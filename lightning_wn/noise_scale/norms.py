@@ -29,10 +29,6 @@ def foreach_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Raises:
         ValueError: If one is sparse.
-
-    Example:
-        >>> foreach_norms([torch.tensor([3.0, 4.0]), torch.tensor([1.0], dtype=torch.float64)])
-        [tensor(5.), tensor(1., dtype=torch.float64)]
     """
     places: dict[torch.dtype, list[int]] = {}
     for place, tensor in enumerate(tensors):

@@ -40,14 +40,6 @@ class AdamDenominator:
 
     Raises:
         ValueError: If the optimizer is of a class that keeps no such moment.
-
-    Example:
-        >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> adam = torch.optim.Adam([weight], eps=0.5)
-        >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> adam.step()
-        >>> AdamDenominator(adam)(weight)
-        tensor([3.5000, 4.5000])
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

@@ -43,10 +43,6 @@ def solve_noise_scale(
 
     Raises:
         ZeroDivisionError: If both inverse sizes are equal, as for a single sample: no information.
-
-    Example:
-        >>> solve_noise_scale(3.0, 1.5, 1 / 32, 1 / 128)
-        (1.0, 64.0)
     """
     determinant = sample_inverse_size - grad_inverse_size
     cov_trace = (sample_sq_norm - grad_sq_norm) / determinant
@@ -70,13 +66,6 @@ class PairMoments:
         sxy: Weighted sum of (x - mean_x)(y - mean_y).
         syy: Weighted sum of (y - mean_y)².
         count: Measurements so far, however much they have decayed.
-
-    Example:
-        >>> moments = PairMoments()
-        >>> for x, y in [(1.0, 10.0), (3.0, 10.0)]:
-        ...     moments = moments.updated(x, y, decay=1.0)
-        >>> moments.mean_x, moments.mean_y, moments.effective_size
-        (2.0, 10.0, 2.0)
     """
 
     weight: float = 0.0
@@ -161,11 +150,6 @@ def fieller_interval(
     Returns:
         (lower, upper), ``0 <= lower <= upper``. ``upper`` is infinite when |G|² is not distinguishable
         from zero; both are infinite where no noise scale fits, as when |G|² is significantly negative.
-
-    Example:
-        >>> lower, upper = fieller_interval(1.0, 50.0, var_x=0.01, cov_xy=0.0, var_y=1.0, quantile=1.96)
-        >>> 40 < lower < 50 < upper < 65
-        True
     """
     t2 = quantile * quantile
     # accepted r solve a·r² - 2·b·r + c <= 0
@@ -194,10 +178,6 @@ def student_t_quantile(confidence: float, freedom: float) -> float:
 
     Returns:
         The quantile, accurate to about six digits.
-
-    Example:
-        >>> round(student_t_quantile(0.95, 4.0), 4)
-        2.7764
     """
     if freedom > 40.0:  # there the expansion is as accurate, and a hundred times faster
         return _student_t_quantile_expansion(confidence, freedom)

@@ -89,10 +89,6 @@ def mean_scale(weight: float, grad_scale: Tensor | None, dtype: torch.dtype) -> 
         weight: Σ w_k of the gradients g_k that add up to Σ w_k g_k.
         grad_scale: A loss scaler's factor that they still have, or None.
         dtype: Of the result.
-
-    Example:
-        >>> mean_scale(0.5, torch.tensor(4.0), torch.float64)
-        tensor(0.5000, dtype=torch.float64)
     """
     factor = 1.0 / weight
     return torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)

@@ -19,10 +19,6 @@ def downsample(history: Mapping[str, Sequence[float]], max_points: int) -> dict[
 
     Raises:
         ValueError: If ``max_points`` is too small for one stretch.
-
-    Example:
-        >>> downsample({"step": [0, 1, 2, 3, 4, 5], "loss": [5, 5, 9, 5, 1, 5]}, max_points=5)
-        {'step': [0, 2, 4, 5], 'loss': [5, 9, 1, 5]}
     """
     length = len(next(iter(history.values()), ()))
     if length <= max_points:

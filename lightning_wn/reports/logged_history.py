@@ -15,15 +15,7 @@ _LARGEST = 2000
 
 
 class LoggedHistory:
-    """The logged values of a run, a row a log step, thinned out when they get many.
-
-    Example:
-        >>> history = LoggedHistory()
-        >>> history.append(9, {"gns/noise_scale": 60.0})
-        >>> history.append(19, {"gns/noise_scale": 64.0, "gns/batch_size": 32.0})
-        >>> history.series
-        {'step': [9.0, 19.0], 'gns/noise_scale': [60.0, 64.0], 'gns/batch_size': [nan, 32.0]}
-    """
+    """The logged values of a run, a row a log step, thinned out when they get many."""
 
     def __init__(self) -> None:
         self.series: dict[str, list[float]] = {"step": []}

@@ -47,13 +47,6 @@ def can_initialize(module: nn.Module) -> bool:
     These are Linear, Bilinear, convolutions and transposed convolutions. An Embedding has no pre-activation,
     and recurrent weights and attention's projections are used inside one call of their layer. With
     ``dim=None`` one g cannot set the variances of several units.
-
-    Example:
-        >>> from lightning_wn.weight_norm import apply_weight_norm
-        >>> model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
-        >>> _ = apply_weight_norm(model, "*")
-        >>> [can_initialize(layer) for layer in model]
-        [False, True]
     """
     weight_norm = weight_norm_of(module)
     return weight_norm is not None and not weight_norm.layout.per_tensor and gives_pre_activations(module)

@@ -39,11 +39,6 @@ def unit_moments(values: Tensor, dim: int) -> UnitMoments:
 
     Returns:
         The moments, in float64 where the device has it.
-
-    Example:
-        >>> moments = unit_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), dim=-1)
-        >>> moments.mean, moments.variance
-        (tensor([2., 5.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
     wide = summing_dtype(values.device)
     rows = values.movedim(dim, 0).reshape(values.shape[dim], -1)
@@ -74,12 +69,6 @@ def pool_moments(counts: Tensor, means: Tensor, squares: Tensor) -> UnitMoments:
     Returns:
         The moments of all parts together (Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm
         for Computing Sample Variances*, 1979).
-
-    Example:
-        >>> parts = [unit_moments(torch.tensor([[x], [y]]), dim=-1) for x, y in ((1.0, 3.0), (5.0, 7.0))]
-        >>> pooled = pool_moments(*(torch.stack(t) for t in zip(*((p.count, p.mean, p.squares) for p in parts))))
-        >>> pooled.mean, pooled.variance
-        (tensor([4.], dtype=torch.float64), tensor([5.], dtype=torch.float64))
     """
     count = counts.sum()
     share = (counts / count.clamp_min(1.0)).unsqueeze(1)

@@ -26,13 +26,6 @@ class AccumulationRule:
         growth: Largest factor of one change, above 1; a change by one micro-batch is always allowed.
         hysteresis: Nothing changes unless the wish is this share above (below) the present batch size.
         allow_decrease: Whether the batch size may become smaller again.
-
-    Example:
-        >>> rule = AccumulationRule(target=0.1)
-        >>> rule.next_factor(2, micro_batch=32.0, lower=2000.0, upper=3000.0)
-        4
-        >>> rule.next_factor(4, micro_batch=32.0, lower=1100.0, upper=5000.0)  # the wish is 3.4 micro-batches
-        4
     """
 
     target: float = 0.1
@@ -67,12 +60,7 @@ class AccumulationRule:
             )
 
     def bounded(self, factor: int) -> int:
-        """Return the factor within ``min_accumulate`` and ``max_accumulate`` that is nearest to this one.
-
-        Example:
-            >>> [AccumulationRule(min_accumulate=2, max_accumulate=8).bounded(factor) for factor in (1, 5, 9)]
-            [2, 5, 8]
-        """
+        """Return the factor within ``min_accumulate`` and ``max_accumulate`` that is nearest to this one."""
         above = max(factor, self.min_accumulate)
         return above if self.max_accumulate is None else min(above, self.max_accumulate)
 
@@ -84,10 +72,6 @@ class AccumulationRule:
             micro_batch: Size of one micro-batch on all ranks together, in the noise scale's unit.
             lower: Lower end of the noise scale's interval.
             upper: Its upper end.
-
-        Example:
-            >>> AccumulationRule(target=0.5).wished_batch_size(2, micro_batch=10.0, lower=100.0, upper=150.0)
-            50.0
         """
         batch_size = present * micro_batch
         return max(self.target * lower, min(batch_size, self.target * upper))
@@ -103,11 +87,6 @@ class AccumulationRule:
             lower: Lower end of the noise scale's interval.
             upper: Its upper end.
             most: A further upper bound, such as the batches in an epoch.
-
-        Example:
-            >>> rule = AccumulationRule(target=1.0, growth=4.0, allow_decrease=True)
-            >>> [rule.next_factor(8, micro_batch=1.0, lower=n, upper=n) for n in (5.0, 8.2, 17.0, 1000.0)]
-            [6, 8, 16, 32]
         """
         if not micro_batch > 0.0 or math.isnan(lower) or math.isnan(upper):
             return present

@@ -19,13 +19,6 @@ class AccumulationSchedule:
 
     Raises:
         ValueError: If a position or factor is not a whole number in range, or there is none.
-
-    Example:
-        >>> schedule = AccumulationSchedule({0: 2, 1000: 8}, "step")
-        >>> schedule.factor_at(999, 1), schedule.factor_at(1000, 1)
-        (2, 8)
-        >>> AccumulationSchedule({1000: 8}, "step").factor_at(999, 1)
-        1
     """
 
     def __init__(self, factors: Mapping[int, int], unit: ScheduleUnit) -> None:

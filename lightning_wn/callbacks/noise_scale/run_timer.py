@@ -26,16 +26,6 @@ class RunTimer:
     Args:
         runs_ahead: Whether the host runs ahead of the device.
         clock: Seconds from any beginning.
-
-    Example:
-        >>> ticks = iter(range(1000))
-        >>> timer = RunTimer(clock=lambda: next(ticks))  # every look at the clock is a second later
-        >>> for _ in range(12):
-        ...     for first in (True, False):
-        ...         timer.start_batch(first=first)
-        ...     timer.end_window(full=True, measured=False)
-        >>> timer.run_time()
-        RunTime(micro_batch_seconds=1.0, step_seconds=1.0, is_split=True, includes_measuring=False, num_steps=6)
     """
 
     def __init__(self, *, runs_ahead: bool = False, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -18,16 +18,7 @@ from lightning_wn.weight_norm.core.parametrization import unit_norm
 
 
 def mean_norms(module: nn.Module) -> dict[str, float]:
-    """Return the mean of ‖v‖ over the units of each normalized weight, by the weight's name.
-
-    Example:
-        >>> from lightning_wn import apply_weight_norm
-        >>> layer = nn.Linear(4, 3)
-        >>> nn.init.constant_(layer.weight, 2.0) is layer.weight, apply_weight_norm(layer)
-        (True, [''])
-        >>> mean_norms(layer)
-        {'weight': 4.0}
-    """
+    """Return the mean of ‖v‖ over the units of each normalized weight, by the weight's name."""
     return {name: float(_norms(normalized).mean()) for name, normalized in named_normalized_weights(module)}
 
 

@@ -23,14 +23,6 @@ def fold_on_load(layers: Iterable[NamedLayer]) -> list[RemovableHandle]:
 
     Returns:
         The handles of the hooks, one a layer, by which to end it.
-
-    Example:
-        >>> from lightning_wn.weight_norm import apply_weight_norm
-        >>> trained, plain = nn.Linear(3, 2), nn.Linear(3, 2)
-        >>> _ = apply_weight_norm(trained)
-        >>> _ = fold_on_load([NamedLayer(("",), plain)])
-        >>> plain.load_state_dict(trained.state_dict())
-        <All keys matched successfully>
     """
     return [
         layer.module.register_load_state_dict_pre_hook(_fold_state)  # type: ignore[no-untyped-call] # in torch

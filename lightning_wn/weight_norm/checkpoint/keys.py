@@ -48,11 +48,6 @@ def find_weight(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Sto
 
     Returns:
         The weight, or None where it is not there.
-
-    Example:
-        >>> state = {"conv.weight_g": torch.ones(3, 1), "conv.weight_v": torch.ones(3, 4)}
-        >>> find_weight(state, "conv.", "weight").keys
-        ('conv.weight_g', 'conv.weight_v')
     """
     known = (
         g_and_v_keys(prefix, name),
@@ -77,11 +72,6 @@ def weight_from(g: Tensor, v: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the shapes do not fit each other.
-
-    Example:
-        >>> weight_from(torch.tensor([[5.0, 10.0]]), torch.tensor([[3.0, 6.0], [4.0, 8.0]]))
-        tensor([[3., 6.],
-                [4., 8.]])
     """
     if g.ndim == 0:
         return compose(g, v, UnitLayout(per_tensor=True))

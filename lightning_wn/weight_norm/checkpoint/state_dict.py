@@ -38,16 +38,6 @@ def save_as_weights(layers: Iterable[nn.Module], as_weights: bool) -> None:
     Args:
         layers: The layers.
         as_weights: True for plain weights under their original names, False for g and v.
-
-    Example:
-        >>> from lightning_wn import apply_weight_norm
-        >>> layer = nn.Linear(4, 3)
-        >>> names = apply_weight_norm(layer)
-        >>> list(layer.state_dict())
-        ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
-        >>> save_as_weights([layer], True)
-        >>> list(layer.state_dict())
-        ['weight', 'bias']
     """
     for layer in layers:
         for normalized in normalized_weights(layer).values():

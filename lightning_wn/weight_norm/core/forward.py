@@ -21,12 +21,6 @@ def call_forward(
         tensors: Parameters and buffers by their names in it.
         args: Its arguments.
         kwargs: Its keyword arguments.
-
-    Example:
-        >>> import torch
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> call_forward(layer, {"weight": torch.tensor([[1.0, 2.0]])}, (torch.tensor([3.0, 4.0]),), {})
-        tensor([11.])
     """
     own = {f"module.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(_WithoutHooks(module), own, tuple(args), dict(kwargs))

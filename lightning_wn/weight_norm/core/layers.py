@@ -74,16 +74,7 @@ DEFAULT_TYPES: tuple[type[nn.Module], ...] = tuple(_DEFAULT_RULES)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """Return the rule of the module's class or of its nearest base class that has one.
-
-    Example:
-        >>> rule_for(nn.Linear(2, 3)) is RULES[nn.Linear]
-        True
-        >>> rule_for(nn.LSTM(2, 3)).tensors(nn.LSTM(2, 3))
-        ('weight_ih_l0', 'weight_hh_l0')
-        >>> rule_for(nn.EmbeddingBag(2, 3)) is None
-        True
-    """
+    """Return the rule of the module's class or of its nearest base class that has one."""
     return next((RULES[cls] for cls in type(module).__mro__ if cls in RULES), None)
 
 

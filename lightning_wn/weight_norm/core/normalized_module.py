@@ -23,13 +23,6 @@ def normalized_weights(module: nn.Module) -> dict[str, ParametrizationList]:
 
     Each is the list of its parametrizations, of which the first is a
     :class:`~lightning_wn.weight_norm.core.parametrization.WeightNorm`.
-
-    Example:
-        >>> from lightning_wn import apply_weight_norm
-        >>> layer = nn.Linear(4, 3)
-        >>> names = apply_weight_norm(layer)
-        >>> list(normalized_weights(layer)), list(normalized_weights(nn.Linear(4, 3)))
-        (['weight'], [])
     """
     return parametrized_weights(module, WeightNorm)
 

@@ -99,10 +99,6 @@ def compose(g: Tensor, v: Tensor, layout: UnitLayout) -> Tensor:
 
     Returns:
         The weight, of the shape and type of ``v``.
-
-    Example:
-        >>> compose(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]), UnitLayout())
-        tensor([[6., 8.]])
     """
     if layout.in_rows and (fused := fused_weight(g, v)) is not None:
         return fused
@@ -134,15 +130,6 @@ def decompose(weight: Tensor, layout: UnitLayout) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: If the weight is empty or not finite, or g cannot be represented in its type.
-
-    Example:
-        >>> g, v = decompose(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), UnitLayout())
-        >>> g
-        tensor([[5.],
-                [0.]])
-        >>> compose(g, v, UnitLayout()).abs()
-        tensor([[3., 4.],
-                [0., 0.]])
     """
     weight = weight.detach()
     if weight.numel() == 0:
@@ -217,16 +204,6 @@ class WeightNorm(nn.Module):
 
     Args:
         layout: Where the output units lie in the weight.
-
-    Example:
-        >>> from torch.nn.utils import parametrize
-        >>> layer = nn.Linear(4, 3)
-        >>> before = layer.weight.detach().clone()
-        >>> _ = parametrize.register_parametrization(layer, "weight", WeightNorm(UnitLayout()))
-        >>> torch.equal(layer.weight, before)
-        True
-        >>> layer.parametrizations.weight.original0.shape
-        torch.Size([3, 1])
     """
 
     def __init__(self, layout: UnitLayout) -> None:

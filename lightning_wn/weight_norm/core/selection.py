@@ -68,11 +68,6 @@ def select(root: nn.Module, modules: ModuleSelection | None, exclude: ModuleSele
     Raises:
         TypeError: If an entry is of a wrong type.
         ValueError: If a matrix is selected in a module of an unsupported type.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> [layer.name for layer in select(model, None, exclude="2").layers]
-        ['0']
     """
     candidates = list(_weight_owners(root))
     misses: list[str] = []
