@@ -5,12 +5,4 @@ from lightning_wn.batch_size.candidates import Candidate
 from lightning_wn.batch_size.run import ObservedRun, RunConfiguration, RunTime
 from lightning_wn.batch_size.tradeoff import Factor
 
-__all__ = [
-    "BatchSizeAdvice",
-    "Candidate",
-    "Factor",
-    "ObservedRun",
-    "RunConfiguration",
-    "RunTime",
-    "advise_batch_size",
-]
+__all__ = ["BatchSizeAdvice", "Candidate", "Factor", "ObservedRun", "RunConfiguration", "RunTime", "advise_batch_size"]

@@ -134,12 +134,7 @@ class Sweep:
         return learning_rate_factor(self.learning_rate, self.base, size, math.nan)
 
     def plans(self, size: int, exponent: int) -> list[BranchPlan]:
-        """Return the branches of a batch size, one for each seed.
-
-        Args:
-            size: The batch size.
-            exponent: Of the ratio between learning rates, on top of the rule's factor.
-        """
+        """Return a size's branches, one for each seed, at this power of the ratio on top of the rule's factor."""
         factor = (self.tune_learning_rate or 1.0) ** exponent
         return [BranchPlan(batch_size=size, learning_rate_factor=factor, seed=seed) for seed in self.seeds]
 

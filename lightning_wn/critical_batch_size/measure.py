@@ -208,14 +208,9 @@ class TrainedSweep:
         return conclude(chosen, sweep, target, [size for size, found in tuned.items() if found.at_edge])
 
     def attempt(self, size: int, exponent: int, best: float) -> tuple[float, list[Branch]]:
-        """Return what a learning rate costs, and its branches, one for each seed.
-
-        Args:
-            size: The batch size.
-            exponent: Of the ratio between learning rates.
-            best: The least cost so far; where it is in steps, a branch need not go much farther.
-        """
+        """Return what a learning rate costs, and its branches: the ratio to this power. ``best`` is the least so far."""
         target_loss = self.trainer.target.loss
+        # where costs are in steps, a branch need not go much farther than the best
         most_steps = math.inf if target_loss is None else best * _WORTHWHILE
         branches = [self.branch(plan, most_steps) for plan in self.trainer.sweep.plans(size, exponent)]
         return cost(branches, target_loss), branches

@@ -16,10 +16,7 @@ from statistics import NormalDist
 
 
 def solve_noise_scale(
-    sample_sq_norm: float,
-    grad_sq_norm: float,
-    sample_inverse_size: float,
-    grad_inverse_size: float,
+    sample_sq_norm: float, grad_sq_norm: float, sample_inverse_size: float, grad_inverse_size: float
 ) -> tuple[float, float]:
     """Solve for |G|² and tr(Σ) from the squared norms of gradients over fewer and over more examples.
 

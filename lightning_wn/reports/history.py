@@ -103,9 +103,7 @@ def _read_tensorboard(root: Path) -> _Scalars:
             f"{root} holds neither `metrics.csv` nor TensorBoard's event files; give the `log_dir` of a logger."
         )
     try:
-        from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - optional
-            LegacyEventFileLoader,
-        )
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # noqa: PLC0415 - optional
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Reading TensorBoard's files needs tensorboard, which is not installed; run `pip install tensorboard`."

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.batch_size.tradeoff import efficiency
-from lightning_wn.noise_scale.drawing import (
-    BATCH_SIZE_COLOR,
-    GRID_COLOR,
-    NOISE_SCALE_COLOR,
-    import_pyplot,
-    seen_on,
-)
+from lightning_wn.noise_scale.drawing import BATCH_SIZE_COLOR, GRID_COLOR, NOISE_SCALE_COLOR, import_pyplot, seen_on
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.reports.noise_scale_figure import SUGGESTION_COLOR, draw_history, draw_tradeoff, logged_series
 from lightning_wn.text import format_count

@@ -49,11 +49,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def apply_weight_norm(
-    module: nn.Module,
-    modules: ModuleSelection | None = None,
-    *,
-    exclude: ModuleSelection = (),
-    dim: Dim = "output",
+    module: nn.Module, modules: ModuleSelection | None = None, *, exclude: ModuleSelection = (), dim: Dim = "output"
 ) -> list[str]:
     """Reparametrize the weights of a model as w = g · v/‖v‖, in place (arXiv 1602.07868, section 2).
 

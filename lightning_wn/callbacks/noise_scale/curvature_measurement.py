@@ -57,12 +57,7 @@ class CurvatureMeasurement:
             )
 
     def see_batch(
-        self,
-        trainer: Trainer,
-        model: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        batch_size_fn: BatchSizeFn | None,
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, batch_size_fn: BatchSizeFn | None
     ) -> None:
         """Keep the batch if a measurement is due, and measure when there are enough."""
         step = trainer.global_step

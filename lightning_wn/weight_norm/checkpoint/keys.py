@@ -49,11 +49,7 @@ def find_weight(state_dict: Mapping[str, Tensor], prefix: str, name: str) -> Sto
     Returns:
         The weight, or None where it is not there.
     """
-    known = (
-        g_and_v_keys(prefix, name),
-        (f"{prefix}{name}_g", f"{prefix}{name}_v"),
-        (f"{prefix}{name}",),
-    )
+    known = (g_and_v_keys(prefix, name), (f"{prefix}{name}_g", f"{prefix}{name}_v"), (f"{prefix}{name}",))
     for keys in known:
         if all(key in state_dict for key in keys):
             return StoredWeight(keys, tuple(state_dict[key] for key in keys))
