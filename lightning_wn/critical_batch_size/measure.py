@@ -208,7 +208,7 @@ class TrainedSweep:
         return conclude(chosen, sweep, target, [size for size, found in tuned.items() if found.at_edge])
 
     def attempt(self, size: int, exponent: int, best: float) -> tuple[float, list[Branch]]:
-        """Return what a learning rate costs, and its branches: the ratio to this power. ``best`` is the least so far."""
+        """Return what a learning rate costs, and its branches; ``best`` is the least cost so far."""
         target_loss = self.trainer.target.loss
         # where costs are in steps, a branch need not go much farther than the best
         most_steps = math.inf if target_loss is None else best * _WORTHWHILE
