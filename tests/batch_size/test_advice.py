@@ -84,6 +84,7 @@ def test_no_suggestion_while_the_noise_scale_is_infinite():
     assert advice.suggested_accumulate_grad_batches == 0
     assert "No advice on the batch size: |G|² is not above zero yet; measure more steps." in str(advice)
     assert "probably above 140 examples" in str(advice)
+    assert "Not sure yet" not in str(advice), "which is the advice itself here"
     # |G|² significantly negative: no noise scale fits
     assert "probably above" not in str(make_advice(math.inf, math.inf, math.inf))
 

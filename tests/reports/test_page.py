@@ -52,6 +52,8 @@ def test_reads_either_logger(kind, tmp_path, capsys):
     assert "`" not in page
     # only what differs from now has an interval
     assert "<td>x1</td><td>x1</td>" in page
+    assert len(re.findall(r"<td>x[\d.]+ \([\d.]+ to [\d.]+\)</td>", page)) == 2 * (page.count("<tr>") - 2)
+    assert page.count("<td>now</td></tr>") == page.count("<td>suggested</td></tr>") == 1
     assert "Gradient noise scale of run/version_0</h1>" in page
     # one file for light and dark, and nothing from elsewhere
     assert page.count("data:image/svg+xml;base64,") == 2
