@@ -44,6 +44,7 @@ class BranchSchedule:
         base_batch_size: The same where a scheduler steps once an optimizer step.
         micro_batch: Examples in a whole batch of one rank.
         num_examples: Most examples of the branch.
+        resumes: Whether the branch goes on from a checkpoint: then nothing says how long the run is meant to be.
         batch_size_fn: From a batch to its number of examples.
     """
 
@@ -54,11 +55,13 @@ class BranchSchedule:
         base_batch_size: float,
         micro_batch: int,
         num_examples: float,
+        resumes: bool = False,
         batch_size_fn: BatchSizeFn | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.base_batch_size = base_batch_size
         self.num_examples = num_examples
+        self.resumes = resumes
         self._micro_batch = micro_batch
         self._batch_size_fn = batch_size_fn
         self._clock = SchedulerClock(base_batch_size)
@@ -94,10 +97,9 @@ class BranchSchedule:
 
     def count(self, trainer: Trainer, batch: Any) -> None:
         """Count a batch of the epoch."""
-        whole = self._micro_batch * trainer.world_size
-        if not self._is_needed(trainer):
-            return
-        self._in_epoch += min(self._examples_of(trainer, batch), whole) if trainer.is_last_batch else whole
+        if self._is_needed(trainer):
+            whole = self._micro_batch * trainer.world_size
+            self._in_epoch += min(self._examples_of(trainer, batch), whole) if trainer.is_last_batch else whole
 
     def make_up(self, trainer: Trainer, pl_module: LightningModule, examples: float) -> None:
         """Step the schedulers as often as they are behind, after an optimizer step; Lightning has stepped them once.

@@ -191,6 +191,7 @@ class BranchTrainer:
             base_batch_size=self.sweep.base,
             micro_batch=micro_batch,
             num_examples=self.sweep.num_examples,
+            resumes=self.ckpt_path is not None,
             batch_size_fn=self.batch_size_fn,
         )
         watch = BranchWatch(

@@ -98,8 +98,8 @@ class BranchWatch(WholeWindows):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse callbacks out of place, the model's own among them, and say how long training is when it is asked."""
         require_callbacks_in_place(callbacks_of(trainer), f"`configure_callbacks` of {type(pl_module).__name__}")
-        # data modules are set up by now; behind a checkpoint nothing says how long the run is meant to be
-        if isinstance(trainer, PlannedTrainer) and stage == "fit" and trainer.ckpt_path is None:
+        # not before, as data modules are set up by now
+        if isinstance(trainer, PlannedTrainer) and stage == "fit" and not self.schedule.resumes:
             trainer.plan = self.schedule.planned_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

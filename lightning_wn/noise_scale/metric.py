@@ -294,7 +294,7 @@ def synchronize_together(metrics: Sequence[GradientNoiseScale], *, across_ranks:
 
 def check_ema_decay(ema_decay: float) -> None:
     """Raise ValueError unless ``ema_decay`` lies in [0, 1]."""
-    if not 0.0 <= ema_decay <= 1.0:
+    if isinstance(ema_decay, bool) or not 0.0 <= ema_decay <= 1.0:
         raise ValueError(
             f"`ema_decay` must lie in [0, 1], got {ema_decay!r}; 0.99 smooths over about 100 measurements and "
             "1 is the plain mean."

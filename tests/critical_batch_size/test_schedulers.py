@@ -243,7 +243,7 @@ class TestBehindACheckpoint:
 
 def test_two_ranks(tmp_path):
     """100 examples are 50 on each; steps of 16 are 7 in an epoch, and 64 is 32 and 18 on each rank."""
-    run_script(SCENARIOS / "critical_batch_size.py", str(tmp_path), "schedulers", timeout=180)
+    run_script(SCENARIOS / "critical_batch_size.py", str(tmp_path), "schedulers", ranks=2)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"schedulers{rank}.json").read_text())
         assert found == {"made": [[16, 18, 18], [32, 10, 18], [64, 5, 18]] * 2, "told": [18] * 6}
