@@ -235,7 +235,7 @@ class OutputGradient:
 
 
 def _is_all_of(view: Tensor, base: Tensor) -> bool:
-    return (
+    return bool(
         view.numel() == base.numel()
         and view.dtype == base.dtype
         and view.is_contiguous()

@@ -30,7 +30,7 @@ def fused_weight(g: Tensor, v: Tensor) -> Tensor | None:
     if not _is_supported(g, v):
         return None
     if torch.is_grad_enabled() and (g.requires_grad or v.requires_grad):
-        return cast("Tensor | None", _apply(g, v))  # type: ignore[no-untyped-call] # in torch
+        return cast("Tensor | None", _apply(g, v))
     weight, norm = _forward(v, g, 0)
     return None if _has_zero(norm) else weight
 
@@ -95,4 +95,4 @@ class _Fused(torch.autograd.Function):
 
 
 # `Function.apply` without what it prepares for transforms of functions, which are not for this kernel
-_apply = super(torch.autograd.Function, _Fused).apply
+_apply: Any = super(torch.autograd.Function, _Fused).apply

@@ -103,7 +103,7 @@ class MeanOnlyBatchNorm(nn.Module):
         count = total.new_tensor(rows.shape[1])
         if self.synchronize and distributed.is_available() and distributed.is_initialized():
             row = torch.cat([total, count.unsqueeze(0)])
-            ranks: Tensor = _SumOverRanks.apply(row)  # type: ignore[no-untyped-call] # in torch
+            ranks: Tensor = cast(Any, _SumOverRanks).apply(row)
             total, count = ranks[:-1], ranks[-1].detach()
         # asks the device only where it may matter
         if rows.shape[1] < 2 and count < 2:
