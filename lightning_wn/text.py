@@ -30,3 +30,8 @@ def some(names: Iterable[object]) -> str:
     """Write out the first names of a list, for messages."""
     words = [str(name) for name in names]
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+
+def plural(count: int, noun: str) -> str:
+    """Write out how many of something there are."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

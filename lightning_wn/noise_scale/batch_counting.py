@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, is_dataclass
+from functools import singledispatch
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 # returns int, float or Tensor; named so, jsonargparse would only take functions annotated with that union
 BatchSizeFn = Callable[[Any], Any]
+
+_COUNTS = ("num_graphs", "batch_size")
+"""Where batches that are objects of their own say how many examples they hold (PyTorch Geometric, DGL)."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,10 @@ def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> BatchCount:
         batch: The batch as ``training_step`` gets it.
         batch_size_fn: Counts what the user wants counted: a number, or one for each example, such as the unmasked
             tokens ``lambda batch: batch["mask"].sum(1)``, shape (B,). A tensor stays on its device. By default the
-            first dimension of the batch's tensors, on which all must agree.
+            first dimension of the batch's tensors, or the number of graphs in it, on which all must agree.
 
     Raises:
-        ValueError: If the count cannot be inferred or is not positive.
+        ValueError: If the count cannot be inferred or is negative.
     """
     if batch_size_fn is not None:
         count = batch_size_fn(batch)
@@ -46,31 +51,67 @@ def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> BatchCount:
             return BatchCount(count.detach().sum(), count.detach())
         if isinstance(count, Tensor) and count.numel() == 1:
             return BatchCount(count.detach().reshape(()))
-        if not isinstance(count, Real) or not 0 < float(count) < math.inf:
+        if not isinstance(count, Real) or not 0 <= float(count) < math.inf:
             raise ValueError(
-                "`batch_size_fn` must return the positive number of examples (or tokens) of a batch, or a tensor with "
+                "`batch_size_fn` must return the number of examples (or tokens) of a batch, or a tensor with "
                 f"one for each example, got {count!r}; return what the loss is a mean over."
             )
         return BatchCount(float(count))
-    sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
-    if len(sizes) == 1 and (size := sizes.pop()) > 0:
-        return BatchCount(size)
-    found = f"tensors of first dimension {sorted(sizes)}" if sizes else "no tensor with a first dimension"
+    sizes = _sizes(batch)
+    if len(sizes) == 1:
+        return BatchCount(sizes.pop())
+    found = f"parts of {' and '.join(map(str, sorted(sizes)))} entries" if sizes else "no tensor with a first dimension"
     raise ValueError(
         f"The number of examples in a batch of type {type(batch).__name__} cannot be inferred: it holds {found}; "
-        "pass `batch_size_fn`, a function from a batch to the number of examples its loss is a mean over."
+        "pass `batch_size_fn`, a function from a batch to the number of examples its loss is a mean over, such as "
+        "`lambda batch: len(batch['label'])`."
     )
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        for value in batch:
-            yield from _tensors(value)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        for field in fields(batch):
-            yield from _tensors(getattr(batch, field.name))
+@singledispatch
+def _sizes(batch: Any) -> set[int]:
+    """Return what the parts of a batch say of its size: one number, if they agree."""
+    # batches of graphs and the like hold tensors over nodes, edges and graphs, and say how many graphs there are
+    for name in _COUNTS:
+        count = getattr(batch, name, None)
+        if isinstance(count, int):
+            targets = getattr(batch, "y", None)
+            return {count} | (_sizes(targets) if isinstance(targets, Tensor) else set())
+    if is_dataclass(batch) and not isinstance(batch, type):
+        if isinstance(batch, Sized):
+            return {len(batch)}
+        return _union(getattr(batch, field.name) for field in fields(batch))
+    return set()
+
+
+@_sizes.register
+def _(batch: Tensor) -> set[int]:
+    return {batch.shape[0]} if batch.ndim else set()
+
+
+@_sizes.register
+def _(batch: PackedSequence) -> set[int]:
+    return {int(batch.batch_sizes[0])}
+
+
+@_sizes.register(str)
+@_sizes.register(bytes)
+def _(batch: str | bytes) -> set[int]:
+    return set()
+
+
+@_sizes.register
+def _(batch: Mapping) -> set[int]:  # type: ignore[type-arg]  # singledispatch takes bare classes
+    return _union(batch.values())
+
+
+@_sizes.register
+def _(batch: Sequence) -> set[int]:  # type: ignore[type-arg]  # as above
+    sizes = _union(batch)
+    # one record an example, such as an image's boxes; where the records agree they may be batches themselves
+    records = len(sizes) > 1 and all(isinstance(part, Mapping) for part in batch)
+    return {len(batch)} if records else sizes
+
+
+def _union(parts: Iterable[Any]) -> set[int]:
+    return set().union(*map(_sizes, parts))

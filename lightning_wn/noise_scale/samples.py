@@ -40,6 +40,7 @@ class Rejection(enum.IntEnum):
     NON_FINITE = 1
     MISMATCH = 2
     IRREGULAR = 3
+    EMPTY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,8 @@ def measurement_from_row(row: Sequence[float], checksum_tolerance: float) -> Mea
     ranks, weight = row[_RANKS], row[_WEIGHT]
     if row[_IRREGULAR] > 0:
         return Rejection.IRREGULAR
+    if not math.isfinite(row[_W_INVERSE]):  # what no example is behind has no weight among them
+        return Rejection.EMPTY
     if row[_COUNT] >= 2 and not all(map(math.isfinite, row[:ROW_SIZE])):
         return Rejection.NON_FINITE
     inverse_sizes = (row[_W_INVERSE] / weight, row[_W2_INVERSE] / weight**2) if weight > 0.0 else (0.0, 0.0)

@@ -37,7 +37,9 @@ class Probe:
     """Whether it has to see each backward pass; otherwise the optimizer's gradient tells all."""
 
     strict: bool = True
-    """Whether what it finds unmeasurable at first is an error; otherwise it leaves steps out, with a warning."""
+    """Whether what it finds unmeasurable at first is an error; otherwise it says so in ``refusal``."""
+    refusal: str = ""
+    """Why it cannot go on in this run, in a sentence with the cause: another probe had better take over."""
 
     coverage: float = 1.0
     """Measured share of the elements of the parameters that it was given."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_wn.per_example.rules.errors import can_have_examples
@@ -17,7 +19,9 @@ PROBES: dict[str, type[Probe]] = {
 }
 
 
-def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule, accumulation: int) -> str:
+def choose_probe(
+    wish: str, trainer: Trainer, pl_module: LightningModule, accumulation: int, *, unfit: Collection[str] = ()
+) -> str | None:
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
     ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has two or more micro-batches
@@ -29,21 +33,32 @@ def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule, accumu
         trainer: The Trainer.
         pl_module: The model.
         accumulation: Micro-batches in an optimizer step of each rank.
+        unfit: Probes that were found unable to read this run, which ``"auto"`` passes over.
+
+    Returns:
+        None where ``"auto"`` finds none that is left.
 
     Raises:
-        ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
+        ValueError: If nothing can read the run's strategy, or not the probe that was wished for; names the fix.
     """
     sharded = parameter_placement(trainer.strategy) == "sharded"
     if wish == "auto":
-        if sharded:
-            return ShardedProbe.name
-        if trainer.world_size * accumulation >= 2:
-            return MicroBatchProbe.name
-        whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
-        return PerExampleProbe.name if whole else ConsecutiveProbe.name
+        return next(
+            (name for name in _candidates(trainer, pl_module, accumulation, sharded) if name not in unfit), None
+        )
     if sharded != (wish == ShardedProbe.name):
         raise ValueError(
             f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "
             f"which takes {ShardedProbe.name!r} under ModelParallelStrategy and another probe elsewhere."
         )
     return wish
+
+
+def _candidates(trainer: Trainer, pl_module: LightningModule, accumulation: int, sharded: bool) -> list[str]:
+    """List the probes that suit the run, the best first."""
+    if sharded:
+        return [ShardedProbe.name]
+    if trainer.world_size * accumulation >= 2:
+        return [MicroBatchProbe.name]
+    whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
+    return [*([PerExampleProbe.name] if whole else []), ConsecutiveProbe.name]

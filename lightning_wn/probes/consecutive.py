@@ -15,6 +15,9 @@ from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
 
+_TOO_MANY = 3
+"""Pairs of other parameters than each other's, beyond the pairs of the same, that make the probe give up."""
+
 
 class ConsecutiveProbe(Probe):
     """Compares each optimizer step's gradient with a kept copy of the last one.
@@ -42,6 +45,7 @@ class ConsecutiveProbe(Probe):
         self._micro_batches = 0
         self._last: _Kept | None = None
         self._ends_pair = False
+        self._surplus = 0
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError on several devices, where exact probes exist."""
@@ -81,6 +85,9 @@ class ConsecutiveProbe(Probe):
         last = self._last
         if last is not None and [g is None for g in last.gradients] != [g is None for g in gradients]:
             last = None
+            self._note_turns(1)
+        elif last is not None:
+            self._note_turns(-1)
         samples = None
         if last is not None:
             # with the optimizer's present denominator, where there is one
@@ -108,6 +115,14 @@ class ConsecutiveProbe(Probe):
                 copy.copy_(gradient)
         self._last = _Kept(copies, scale, sq_norm, self._size)
         return samples
+
+    def _note_turns(self, surplus: int) -> None:
+        """Count the pairs that cannot be compared against those that can."""
+        self._surplus += surplus
+        if self._surplus >= _TOO_MANY:
+            self.refusal = (
+                "layers take turns: two successive steps have gradients of other parameters, which cannot be compared"
+            )
 
     def detach(self) -> None:
         """Forget the kept gradient and the step."""

@@ -43,7 +43,7 @@ class PerExampleProbe(Probe):
         self._model: nn.Module | None = None
         self._measured = MeasuredParameters(())
         self._norms: PerExampleNorms | None = None
-        self._has_measured = False
+        self._num_measured = self._num_refused = 0
         self._warned = False
         self._forget_step()
 
@@ -115,7 +115,10 @@ class PerExampleProbe(Probe):
             return None
         dtype = self._sq_norms[0].dtype
         scale = mean_scale(self._total_weight, grad_scale, dtype)
-        self._has_measured = True
+        if sum(map(len, self._sizes)) < 2:
+            self._note(PerExampleError("an optimizer step of one example has a single gradient sample"))
+            return None
+        self._num_measured += 1
         return GradientSamples(
             sq_norms=torch.cat(self._sq_norms),
             sizes=torch.cat(self._sizes),
@@ -160,10 +163,17 @@ class PerExampleProbe(Probe):
             return None
 
     def _refuse(self, error: PerExampleError) -> None:
-        if self.strict and not self._has_measured:
+        if self.strict and not self._num_measured:
             self.detach()
             raise ValueError(f"`probe='per_example'`: {error}. {_ALTERNATIVES}") from error
-        if not self._warned:
+        self._note(error)
+
+    def _note(self, error: PerExampleError) -> None:
+        """Leave a step out; where those are the most, the run is not for this probe."""
+        self._num_refused += 1
+        if self._num_refused > self._num_measured:
+            self.refusal = str(error)
+        elif not self._warned:
             self._warned = True
             rank_zero_warn(f"`probe='per_example'` leaves out steps, and says so once: {error}. {_ALTERNATIVES}")
 

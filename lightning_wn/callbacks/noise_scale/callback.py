@@ -21,7 +21,7 @@ from lightning_wn.callbacks.noise_scale.probe_choice import ProbeChoice
 from lightning_wn.callbacks.noise_scale.run_watch import RunWatch
 from lightning_wn.callbacks.worker_results import WorkerResults
 from lightning_wn.module_selectors import ModuleSelector
-from lightning_wn.noise_scale.batch_counting import BatchSizeFn, count_examples
+from lightning_wn.noise_scale.batch_counting import BatchCount, BatchSizeFn, count_examples
 from lightning_wn.noise_scale.drawing import import_pyplot
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.trainer import is_log_step, require_lightning_trainer
@@ -290,7 +290,7 @@ class GradientNoiseScaleCallback(Callback):
         self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
-            count = count_examples(batch, self.batch_size_fn)
+            count = self._count(trainer, batch)
             for measurement in self._measurements:
                 measurement.before_forward(count)
 
@@ -376,6 +376,15 @@ class GradientNoiseScaleCallback(Callback):
         self._log.history.load_state_dict(state_dict["history"])
         self._measurements.load_state_dict(state_dict, fitting=self._fitting)
         self._probe_choice.resume_from(state_dict["probe"], state_dict["every_n_steps"])
+
+    def _count(self, trainer: Trainer, batch: Any) -> BatchCount:
+        try:
+            return count_examples(batch, self.batch_size_fn)
+        except ValueError as error:
+            if self.batch_size_fn is not None:
+                raise
+            self._probe_choice.leave_out(trainer, error)
+            return BatchCount(1.0)
 
     def _synchronize(self, trainer: Trainer) -> None:
         self._measurements.synchronize(across_ranks=trainer.world_size > 1)

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
+from lightning_wn.callbacks.noise_scale.nothing_measured import why_nothing
 from lightning_wn.callbacks.noise_scale.run_watch import RunWatch
 from lightning_wn.callbacks.noise_scale.summary import fit_summary
 from lightning_wn.reports.logged_history import LoggedHistory
@@ -90,11 +91,7 @@ class NoiseScaleLog:
             )
             rank_zero_info(f"\n{summary}")
         if not self._measurements.has_measured:
-            rank_zero_warn(
-                "`GradientNoiseScaleCallback` measured nothing: no optimizer step that it looked at had two usable "
-                "gradient samples; train for more steps, lower `every_n_steps`, or let an epoch have at least two "
-                "batches per optimizer step."
-            )
+            rank_zero_warn(f"`GradientNoiseScaleCallback` measured nothing: {why_nothing(self._measurements)}")
 
     def _advise(self, index: int) -> BatchSizeAdvice:
         return self._watch.advise(self._measurements[index], index)

@@ -58,6 +58,8 @@ class Measurements:
         if curvature_every_n_steps is not None:
             metric = GradientNoiseScale(**self._metric_settings)
             self.curvature = CurvatureMeasurement(curvature_every_n_steps, metric)
+        self.why_off = ""
+        """Why nothing can be measured in this run; empty where something can."""
         self._of_optimizers: list[OptimizerMeasurement] = []
         self._add_up_to(1)
         self._warned: set[Rejection] = set()
@@ -147,6 +149,12 @@ class Measurements:
         """Drop those of a checkpoint that had more optimizers than the run."""
         del self._of_optimizers[max(count, 1) :]
 
+    def switch_off(self, why: str) -> None:
+        """Measure no noise scale any more."""
+        self.why_off = why
+        for measurement in self:
+            measurement.switch_off()
+
     def detach(self) -> None:
         """Leave no hook behind."""
         for measurement in self:
@@ -215,6 +223,8 @@ class Measurements:
             metric = GradientNoiseScale(groups=self.choice.names, **self._metric_settings)
             measurement = OptimizerMeasurement(self.choice, metric, PROBES[self.probe]())
             measurement.every_n_steps = self.every_n_steps or measurement.every_n_steps
+            if self.why_off:
+                measurement.switch_off()
             self._of_optimizers.append(measurement)
 
 

@@ -74,6 +74,13 @@ class OptimizerMeasurement:
         self.every_n_steps = probe.default_every_n_steps
         self.steps = 0
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
+        self.num_due = 0
+        """Optimizer steps that were to be measured."""
+        self.num_unread = 0
+        """Those of them of which the probe gave no samples."""
+        self.num_late = 0
+        """Those that began anew after the forward pass that the probe would have had to see."""
+        self._off = False
         self._optimizer: Optimizer | None = None
         self._measured: MeasuredParameters | None = None
         self._shares = (1.0,) * len(choice.covered)
@@ -132,6 +139,15 @@ class OptimizerMeasurement:
         self.probe.detach()
         self._close()
 
+    def switch_off(self) -> None:
+        """Measure nothing any more."""
+        self.detach()
+        self._off = True
+
+    def leave_out(self) -> None:
+        """Leave out the step that is under way, on all ranks alike: what it is a mean over is not known here."""
+        self._irregular = True
+
     def take_probe(self, probe: Probe) -> None:
         """Go on with another probe, from the next step on."""
         self.detach()
@@ -186,6 +202,7 @@ class OptimizerMeasurement:
     def before_step(self, trainer: Trainer, model: LightningModule) -> None:
         """Read the optimizer's gradient, before clipping, and hand the step to the metric."""
         self.steps += 1
+        self.num_due += self.measuring
         if self.measuring:
             # a fused optimizer unscales within its step: here its gradients are still scaled
             still_scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
@@ -200,19 +217,21 @@ class OptimizerMeasurement:
             complete = self._manual or self.num_micro_batches == trainer.accumulate_grad_batches
             samples = self.probe.finish(grad_scale, full=complete and not short)
             if samples is not None:
+                edited = False
                 if self._manual:
                     # a scaler's factor has been taken out of the gradients by now
                     edited = not has_loss_scaler(trainer) and self._was_changed()
                     # whatever the losses were weighted with, their sum is what the optimizer follows
                     samples = samples.scaled(self.num_micro_batches)
-                    samples = replace(samples, irregular=samples.irregular or self._irregular or edited)
+                samples = replace(samples, irregular=samples.irregular or self._irregular or edited)
                 self.metric.add_samples(samples)
+            self.num_unread += samples is None
         self._close()
 
     def _open(self, step: int, model: LightningModule) -> None:
         self._close()
         self._is_open = True
-        if self.probe.is_due(step, self.every_n_steps):
+        if not self._off and self.probe.is_due(step, self.every_n_steps):
             measured = self._find_parameters(model)
             self.probe.begin(step, self.every_n_steps, model, measured)
             self.measuring = True
@@ -248,8 +267,16 @@ class OptimizerMeasurement:
         # `toggle_optimizer` of another one switches these parameters off: this pass cannot reach them
         if goes_on or not self.parameters:
             return
+        begins_anew = self._is_open
         self._open(self.steps, model)
-        self.measuring &= not self.probe.watches_forward
+        if self.measuring and self.probe.watches_forward:
+            self.measuring = False
+            self.num_late += begins_anew
+            if self.num_late > self.num_due:
+                self.probe.refusal = (
+                    "gradients are zeroed after their backward pass and computed anew before the optimizer steps, as a "
+                    "closure that runs several times and SAM do"
+                )
 
     def _gradient_marks(self) -> list[tuple[int, int] | None]:
         """What changes whenever a gradient does: its identity, and the version of its memory."""

@@ -26,29 +26,69 @@ class ProbeChoice:
         self._measurements = measurements
         self._half_life_steps = half_life_steps
         self._accumulation = 1
+        # probes that could not read this run, with the cause
+        self._unfit: dict[str, str] = {}
+        self._said: set[str] = set()
         # probe and cadence of a checkpoint, until its run goes on
         self._resumed: tuple[str, int] | None = None
 
     def choose(self, trainer: Trainer, model: LightningModule, *, wrapped: bool) -> None:
         """Choose by what is known before training, and anew once the model is wrapped and complete.
 
+        ``"auto"`` passes over what cannot read the run; where nothing can, it says why, and measures nothing.
+
         Raises:
-            ValueError: If nothing can read the run, or not the probe that was wished for; names the fix.
+            ValueError: If the probe that was named cannot read the run; names the fix.
         """
         if not wrapped:
             self._accumulation = first_accumulation(trainer)
-        require_dense_gradients(model)
-        name = choose_probe(self._wish, trainer, model, self._accumulation)
-        self._measurements.probe = name
+        while not self._measurements.why_off:
+            try:
+                require_dense_gradients(model)
+                name = choose_probe(self._wish, trainer, model, self._accumulation, unfit=self._unfit)
+            except ValueError as error:
+                self.give_up(error)
+                return
+            if name is None:
+                self.give_up(ValueError(list(self._unfit.values())[-1]))
+                return
+            self._take(name, strict=not self._is_free)
+            try:
+                for measurement in self._measurements:
+                    measurement.probe.require_readable(trainer, model, wrapped=wrapped)
+                    if measurement.probe.refusal:
+                        raise ValueError(measurement.probe.refusal)
+            except ValueError as error:
+                if not self._is_free:
+                    raise
+                self._pass_over(name, str(error))
+                continue
+            return
+
+    def give_up(self, error: ValueError) -> None:
+        """Measure nothing from here on and say why, where the user named no probe.
+
+        Raises:
+            ValueError: The error itself where a probe was named.
+        """
+        if not self._is_free:
+            raise error
+        rank_zero_warn(f"`GradientNoiseScaleCallback` measures nothing in this run, which goes on without it: {error}")
+        self._measurements.switch_off(str(error))
+
+    def leave_out(self, trainer: Trainer, error: ValueError) -> None:
+        """Go on without the optimizer step that is under way, whose batch cannot be counted; or without any.
+
+        Raises:
+            ValueError: The error itself where a probe was named.
+        """
+        if trainer.world_size == 1 or not self._is_free:
+            self.give_up(error)
+            return
+        # other ranks may have counted theirs: all of them have to hear of it
         for measurement in self._measurements:
-            if name != measurement.probe.name:
-                measurement.take_probe(PROBES[name]())
-            if measurement.choice.preconditioned and not measurement.probe.can_precondition:
-                raise ValueError(
-                    f"`preconditioned=True` needs the whole denominator of the optimizer, and the probe {name!r} sees "
-                    "one shard of it on each rank; use DDP, or `preconditioned=False`."
-                )
-            measurement.probe.require_readable(trainer, model, wrapped=wrapped)
+            measurement.leave_out()
+        self._say_once(f"leaves out steps, and says so once: {error}")
 
     def resume_from(self, probe: str, every_n_steps: int) -> None:
         """Note how the run of a checkpoint was measured."""
@@ -72,22 +112,64 @@ class ProbeChoice:
             self._keep_what_fits(before)
             # the number belongs to the probe that it was chosen for
             self._settle(every_n_steps if before == self._measurements.probe else None)
-        elif changed and batch_idx % factor == 0:
+        elif batch_idx % factor == 0:
             self._accumulation = factor
-            before, now = self._measurements.probe, choose_probe(self._wish, trainer, model, factor)
-            if now != before:
-                self._take(now)
-                self._keep_what_fits(before)
-                self._settle()
+            self._follow(trainer, model, changed=changed)
 
-    def _take(self, name: str) -> None:
-        """Go on with another probe in mid-run."""
+    @property
+    def _is_free(self) -> bool:
+        return self._wish == "auto"
+
+    def _follow(self, trainer: Trainer, model: LightningModule, *, changed: bool) -> None:
+        """Go over to another probe where the factor has changed, or where the present one cannot go on."""
+        before = self._measurements.probe
+        refusal = next((m.probe.refusal for m in self._measurements if m.probe.refusal), "")
+        # ranks must agree; there a step that cannot be read is left out
+        moves_on = bool(refusal) and self._is_free and trainer.world_size == 1
+        if moves_on:
+            self._unfit[before] = refusal
+        elif refusal:
+            fix = "" if self._is_free else "; `probe='auto'` goes over to another probe by itself"
+            self._say_once(f"leaves out steps, and says so once: {refusal}{fix}.")
+        if not (changed or moves_on):
+            return
+        now = choose_probe(self._wish, trainer, model, self._accumulation, unfit=self._unfit)
+        if now is None:
+            self.give_up(ValueError(refusal or list(self._unfit.values())[-1]))
+        elif now != before:
+            if moves_on:
+                self._pass_over(before, refusal, now)
+            self._take(now, strict=False)  # training has gone on for a while: it must not stop for a measurement
+            self._keep_what_fits(before)
+            self._settle()
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            rank_zero_warn(f"`GradientNoiseScaleCallback` {sentence}")
+
+    def _pass_over(self, name: str, reason: str, now: str = "") -> None:
+        """Note that a probe cannot read the run, and say it; what it measured may not be right either."""
+        self._unfit[name] = reason
+        taken = f", and {now!r} takes over" if now else ""
+        rank_zero_warn(f"`GradientNoiseScaleCallback` cannot measure with the probe {name!r}{taken}: {reason}.")
+        for measurement in self._measurements:
+            measurement.metric.reset()
+
+    def _take(self, name: str, *, strict: bool) -> None:
+        """Give all measurements the probe of this name, unless it is theirs."""
         self._measurements.probe = name
         for measurement in self._measurements:
-            probe = PROBES[name]()
-            # training has gone on for a while: it must not stop for a measurement
-            probe.strict = False
-            measurement.take_probe(probe)
+            if name != measurement.probe.name:
+                measurement.take_probe(PROBES[name]())
+                measurement.probe.strict = strict
+            elif strict < measurement.probe.strict:
+                measurement.probe.strict = strict
+            if measurement.choice.preconditioned and not measurement.probe.can_precondition:
+                raise ValueError(
+                    f"`preconditioned=True` needs the whole denominator of the optimizer, and the probe {name!r} sees "
+                    "one shard of it on each rank; use DDP, or `preconditioned=False`."
+                )
 
     def _keep_what_fits(self, before: str) -> None:
         """Forget what another probe measured if only one of the two is exact: one estimate is either exact or not."""

@@ -14,12 +14,17 @@ _REASONS = {
     Rejection.NON_FINITE: "had NaN or infinite gradients",
     Rejection.MISMATCH: "had samples that do not add up to the optimizer's gradient",
     Rejection.IRREGULAR: "had gradients that came in several parts or were changed before the step",
+    Rejection.EMPTY: "had a batch that counts no example",
 }
 
 WARNINGS = {
     Rejection.NON_FINITE: (
         "some gradients were NaN or infinite; those optimizer steps are left out on every rank (with a 16-bit "
-        "loss scaler the first few are normal; a `batch_size_fn` that returns a tensor must not return zero)."
+        "loss scaler the first few are normal)."
+    ),
+    Rejection.EMPTY: (
+        "a batch counts no example, and its optimizer step is left out on every rank; where that is not so, let "
+        "`batch_size_fn` return what the loss is a mean over."
     ),
     Rejection.MISMATCH: (
         "the micro-batch gradients do not add up to the gradient that the optimizer uses, and those steps are left "
@@ -32,7 +37,8 @@ WARNINGS = {
         "a gradient came in several parts, or was changed before the optimizer's step, and those steps are left out; "
         "likely causes are reentrant activation checkpointing of a layer that is used twice (use "
         "`use_reentrant=False`), several backward calls for one optimizer in one training step (add the losses up "
-        "and call it once), gradients clipped after `manual_backward` (clip them in `on_before_optimizer_step`), or, "
+        "and call it once), a closure that is run several times in a step (SAM, LBFGS: `measure_noise_scale` measures "
+        "at fixed weights), gradients clipped after `manual_backward` (clip them in `on_before_optimizer_step`), or, "
         "under FSDP2, layers that only some micro-batches use."
     ),
 }

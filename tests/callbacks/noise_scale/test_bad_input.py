@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -23,6 +24,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.noise_scale.batch_counting import count_examples
@@ -82,7 +84,7 @@ def test_arguments_after_the_first_are_keywords():
         GradientNoiseScaleCallback("auto", 5)
 
 
-def refuse(match, model=None, data=None, error=ValueError, callbacks=(), probe="auto", **settings):
+def refuse(match, model=None, data=None, error=ValueError, callbacks=(), probe="micro_batch", **settings):
     """Fit, and expect the error before any weight changed."""
     model = model or DigitsMLP(lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
@@ -92,6 +94,21 @@ def refuse(match, model=None, data=None, error=ValueError, callbacks=(), probe="
         trainer.fit(model, data or loader(digits()))
     assert "\n" not in str(caught.value)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def goes_on(match, model=None, data=None, **settings):
+    """By default the same run trains to its end, and one warning says why nothing is measured."""
+    model, own = model or DigitsMLP(lr=0.1), GradientNoiseScaleCallback()
+    trainer = L.Trainer(callbacks=[own], **(QUIET | {"max_steps": 4, "accumulate_grad_batches": 2} | settings))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, data or loader(digits()))
+    said = [str(w.message) for w in caught if "GradientNoiseScaleCallback" in str(w.message)]
+    assert trainer.global_step == 4
+    assert own.estimate().num_measurements == 0
+    assert len([sentence for sentence in said if "measures nothing in this run, which goes on" in sentence]) == 1
+    assert len([sentence for sentence in said if "measured nothing: " in sentence]) == 1
+    assert all(re.search(match, sentence) for sentence in said)
 
 
 def test_micro_batches_on_one_device_without_accumulation():
@@ -109,7 +126,8 @@ def test_sparse_gradients():
             super().__init__(lr=0.1)
             self.embedding = nn.Embedding(5, 3, sparse=True)
 
-    refuse("cannot read sparse gradients, and 'embedding' was built with `sparse=True`", Sparse())
+    for check in (refuse, goes_on):
+        check("cannot read sparse gradients, and 'embedding' was built with `sparse=True`", Sparse())
 
 
 def test_batch_tensors_that_disagree():
@@ -126,7 +144,8 @@ def test_batch_tensors_that_disagree():
             return {"pair": digits()[:32], "boxes": torch.zeros(77, 4)}
 
     data = torch.utils.data.DataLoader(Batches(), batch_size=None)
-    refuse(r"tensors of first dimension \[32, 77\]; pass `batch_size_fn`", Detection(lr=0.1), data)
+    for check in (refuse, goes_on):
+        check("holds parts of 32 and 77 entries; pass `batch_size_fn`", Detection(lr=0.1), data)
 
 
 def test_batch_without_tensors():
@@ -134,13 +153,12 @@ def test_batch_without_tensors():
         count_examples("batch", None)
     with pytest.raises(ValueError, match="pass `batch_size_fn`"):
         count_examples({"scalar": torch.tensor(3.0)}, None)
-    with pytest.raises(ValueError, match="pass `batch_size_fn`"):
-        count_examples(torch.zeros(0, 3), None)
+    assert count_examples(torch.zeros(0, 3), None).total == 0
 
 
-@pytest.mark.parametrize("count", [0, -1, math.nan, math.inf, None, "8", [8], torch.ones(2, 2)], ids=repr)
+@pytest.mark.parametrize("count", [-1, math.nan, math.inf, None, "8", [8], torch.ones(2, 2)], ids=repr)
 def test_batch_size_fn_result(count):
-    with pytest.raises(ValueError, match="`batch_size_fn` must return the positive number of examples"):
+    with pytest.raises(ValueError, match="`batch_size_fn` must return the number of examples"):
         count_examples(torch.zeros(3), lambda batch: count)
 
 
@@ -164,6 +182,51 @@ def test_batch_sizes_that_can_be_inferred():
     x = torch.zeros(6, 2)
     for batch in (x, (x, x[:, 0]), [x, {"y": x, "step": torch.tensor(1)}], Named(x, x), Record(x, "a")):
         assert count_examples(batch, None).total == 6
+
+
+class Graphs:
+    """A batch of graphs as PyTorch Geometric makes it: nodes in one tensor, and a count of the graphs."""
+
+    def __init__(self, nodes, graphs, targets):
+        self.x, self.num_graphs, self.y = torch.zeros(nodes, 3), graphs, torch.zeros(targets)
+
+
+@dataclass
+class Molecules:
+    """A batch that knows its own length, whatever its tensors are over, as chemprop makes it."""
+
+    atoms: torch.Tensor
+    count: int
+
+    def __len__(self):
+        return self.count
+
+
+def test_batches_that_say_what_they_hold():
+    graphs, molecules = Graphs(20, 4, 4), Molecules(torch.zeros(20, 3), 4)
+    packed = pack_padded_sequence(
+        torch.zeros(4, 7, 2), torch.tensor([7, 2, 5, 1]), batch_first=True, enforce_sorted=False
+    )
+    boxes = [{"boxes": torch.zeros(count, 4)} for count in (3, 0, 2, 5)]
+    images = torch.zeros(4, 3, 8, 8)
+    for batch in (
+        graphs,
+        (graphs, torch.zeros(4)),
+        molecules,
+        (molecules, None, torch.zeros(4, 1)),
+        packed,
+        boxes,
+        (images, boxes),
+    ):
+        assert count_examples(batch, None).total == 4
+
+
+def test_targets_by_node_are_no_graphs():
+    with pytest.raises(
+        ValueError, match="Graphs cannot be inferred: it holds parts of 4 and 20 entries; pass `batch_s"
+    ):
+        count_examples(Graphs(20, 4, 20), None)
+    assert count_examples(Graphs(20, 4, 20), lambda batch: batch.num_graphs).total == 4
 
 
 def bare(strategy_class):

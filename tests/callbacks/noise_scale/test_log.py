@@ -144,7 +144,7 @@ class TestTheLogItself:
 
     def test_nothing_measured_is_said(self):
         log, measurements, _, _ = self.log()
-        with pytest.warns(UserWarning, match="measured nothing: no optimizer step that it looked at had two usable"):
+        with pytest.warns(UserWarning, match="measured nothing: no optimizer step came by it; in manual"):
             log.say_result()
         self.measure(measurements)
         with warnings.catch_warnings():
