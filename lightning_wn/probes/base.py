@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -40,6 +40,9 @@ class Probe:
     """Whether what it finds unmeasurable at first is an error; otherwise it says so in ``refusal``."""
     refusal: str = ""
     """Why it cannot go on in this run, in a sentence with the cause: another probe had better take over."""
+
+    batch_dims: Mapping[str, int | Literal["folded"]] = {}
+    """Where modules have the batch in another dimension than the first; see :class:`~.per_example.PerExampleNorms`."""
 
     coverage: float = 1.0
     """Measured share of the elements of the parameters that it was given."""

@@ -141,7 +141,11 @@ class PerExampleProbe(Probe):
     def _attach(self, model: nn.Module, measured: MeasuredParameters) -> None:
         try:
             norms = PerExampleNorms(
-                model, measured.parameters, groups=measured.groups, denominator=measured.denominator
+                model,
+                measured.parameters,
+                batch_dims=self.batch_dims,
+                groups=measured.groups,
+                denominator=measured.denominator,
             )
             norms.attach()
         except PerExampleError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_wn.arguments import is_between, is_whole
@@ -46,6 +47,16 @@ def check_choice(layers: Any, groups: Any, curvature_every_n_steps: object) -> N
             )
         as_selectors(f"groups[{name!r}]", selection)
     _check_steps("curvature_every_n_steps", curvature_every_n_steps, "1000 adds about 1 % to training time")
+
+
+def check_batch_dims(batch_dims: Mapping[str, object] | None) -> None:
+    """Raise ValueError for a dimension that there is not."""
+    for name, dim in (batch_dims or {}).items():
+        if dim != "folded" and not is_whole(dim, 0):
+            raise ValueError(
+                f"`batch_dims[{name!r}]` must be a dimension, 0 or more, or 'folded', got {dim!r}; 1 is that of a "
+                "sequence-first batch."
+            )
 
 
 def _check_steps(name: str, value: object, hint: str) -> None:

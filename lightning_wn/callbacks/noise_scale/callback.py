@@ -13,7 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_wn.arguments import check_confidence
 from lightning_wn.batch_size.advice import BatchSizeAdvice
-from lightning_wn.callbacks.noise_scale.arguments import DEFAULT_EMA_DECAY, check_cadence, check_choice
+from lightning_wn.callbacks.noise_scale.arguments import (
+    DEFAULT_EMA_DECAY,
+    check_batch_dims,
+    check_cadence,
+    check_choice,
+)
 from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import ParameterChoice
@@ -75,6 +80,9 @@ class GradientNoiseScaleCallback(Callback):
             default the common first dimension of the batch's tensors. A tensor result stays on its device.
         unit: The name of what is counted.
         prefix: Start of the logged keys; two instances in one Trainer need different ones.
+        batch_dims: For ``per_example``, where modules (by name or glob) have the batch in another dimension than the
+            first, such as ``{"encoder.*": 1}`` for a sequence-first encoder; ``"folded"`` where the first dimension is
+            B·k with the k parts of an example one after the other.
         layers: Measure only these parameters: a glob on qualified names of modules or parameters, a module type, a
             predicate ``(name, module) -> bool``, or a list of these. The coverage in the estimate says so. None is all.
         groups: Named sets of parameters, each said as in ``layers``, that get an estimate of their own beside the
@@ -113,6 +121,7 @@ class GradientNoiseScaleCallback(Callback):
         batch_size_fn: BatchSizeFn | None = None,
         unit: str = "examples",
         prefix: str = "gns",
+        batch_dims: dict[str, int | Literal["folded"]] | None = None,
         layers: Sequence[ModuleSelector] | ModuleSelector | None = None,
         groups: dict[str, Sequence[ModuleSelector] | ModuleSelector] | None = None,
         preconditioned: bool = False,
@@ -122,6 +131,7 @@ class GradientNoiseScaleCallback(Callback):
         super().__init__()
         check_cadence(probe, every_n_steps, ema_decay, half_life_steps)
         check_choice(layers, groups, curvature_every_n_steps)
+        check_batch_dims(batch_dims)
         check_confidence(confidence)
         self.probe = probe
         self.every_n_steps = every_n_steps
@@ -131,6 +141,7 @@ class GradientNoiseScaleCallback(Callback):
         self.batch_size_fn = batch_size_fn
         self.unit = unit
         self.prefix = prefix
+        self.batch_dims = batch_dims
         self.layers = layers
         self.groups = groups
         self.preconditioned = preconditioned
@@ -154,7 +165,9 @@ class GradientNoiseScaleCallback(Callback):
             curvature_every_n_steps=self.curvature_every_n_steps,
             metric_settings={"ema_decay": self.ema_decay, "confidence": self.confidence, "unit": self.unit},
         )
-        self._probe_choice = ProbeChoice(self.probe, self._measurements, half_life_steps=self.half_life_steps)
+        self._probe_choice = ProbeChoice(
+            self.probe, self._measurements, half_life_steps=self.half_life_steps, batch_dims=self.batch_dims
+        )
         self._log = NoiseScaleLog(self.prefix, self._measurements, self._watch)
 
     def estimate(self, optimizer: int | None = None, group: str | None = None) -> NoiseScaleEstimate:

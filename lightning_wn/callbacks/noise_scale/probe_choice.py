@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -9,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.probes.choice import PROBES, choose_probe
 from lightning_wn.probes.requirements import require_dense_gradients
+from lightning_wn.text import some
 from lightning_wn.trainer import first_accumulation
 
 
@@ -19,12 +24,21 @@ class ProbeChoice:
         wish: A probe's name or ``"auto"``.
         measurements: Get the probe, on every rank alike.
         half_life_steps: After so many optimizer steps a measurement counts half; None leaves the metrics their decay.
+        batch_dims: What the probe is told of where the batch lies.
     """
 
-    def __init__(self, wish: str, measurements: Measurements, *, half_life_steps: float | None = None) -> None:
+    def __init__(
+        self,
+        wish: str,
+        measurements: Measurements,
+        *,
+        half_life_steps: float | None = None,
+        batch_dims: Mapping[str, int | Literal["folded"]] | None = None,
+    ) -> None:
         self._wish = wish
         self._measurements = measurements
         self._half_life_steps = half_life_steps
+        self._batch_dims = batch_dims or {}
         self._accumulation = 1
         # probes that could not read this run, with the cause
         self._unfit: dict[str, str] = {}
@@ -38,10 +52,13 @@ class ProbeChoice:
         ``"auto"`` passes over what cannot read the run; where nothing can, it says why, and measures nothing.
 
         Raises:
-            ValueError: If the probe that was named cannot read the run; names the fix.
+            ValueError: If the probe that was named cannot read the run, or ``batch_dims`` names no module; names the
+                fix.
         """
         if not wrapped:
             self._accumulation = first_accumulation(trainer)
+        else:
+            self._require_modules(model)
         while not self._measurements.why_off:
             try:
                 require_dense_gradients(model)
@@ -143,6 +160,15 @@ class ProbeChoice:
             self._keep_what_fits(before)
             self._settle()
 
+    def _require_modules(self, model: LightningModule) -> None:
+        names = [name for name, _ in model.named_modules()]
+        for pattern in self._batch_dims:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"`batch_dims` names {pattern!r}, which matches no module of {type(model).__name__}: its modules "
+                    f"are {some(names[1:])}; name one of them, or a glob such as 'encoder.*'."
+                )
+
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
@@ -162,9 +188,8 @@ class ProbeChoice:
         for measurement in self._measurements:
             if name != measurement.probe.name:
                 measurement.take_probe(PROBES[name]())
-                measurement.probe.strict = strict
-            elif strict < measurement.probe.strict:
-                measurement.probe.strict = strict
+            measurement.probe.strict &= strict
+            measurement.probe.batch_dims = self._batch_dims
             if measurement.choice.preconditioned and not measurement.probe.can_precondition:
                 raise ValueError(
                     f"`preconditioned=True` needs the whole denominator of the optimizer, and the probe {name!r} sees "
