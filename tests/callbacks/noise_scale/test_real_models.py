@@ -1,8 +1,8 @@
 """The callback as it comes, on models as people bring them: no run ends, and each number is exact.
 
 What is exact depends on where samples come from. By ``per_example`` it is the spread within each batch, of the
-gradients of its examples alone; by ``batch_pair`` the spread between each batch and the one before. Both are computed here by
-autograd, at the weights that stand still.
+gradients of its examples alone; by ``batch_pair`` the spread between each batch and the one before. Both are computed
+here by autograd, at the weights that stand still.
 """
 
 from __future__ import annotations
