@@ -17,8 +17,8 @@ from lightning_wn.callbacks.weight_norm.callback import WeightNormCallback
 from lightning_wn.critical_batch_size.measure import measure_critical_batch_size
 from lightning_wn.critical_batch_size.result import CriticalBatchSizeMeasurement
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.measure import measure_noise_scale
 from lightning_wn.noise_scale.metric import GradientNoiseScale
+from lightning_wn.probes.measure import measure_noise_scale
 from lightning_wn.weight_norm import apply_weight_norm, cached_weight_norm, fold_weight_norm
 
 __version__ = "0.1.0"

@@ -27,6 +27,53 @@ def test_truth():
     assert estimate.num_measurements > 50
 
 
+def test_examples_are_samples():
+    """From the same batches, examples tell tr(Σ) as well, and what it is in each window exactly."""
+    model, data = DigitsMLP(), digits()
+    options = {"max_batches": 200, "relative_error": 1e-9}
+    estimate = measure_noise_scale(model, loader(data), probe="per_example", **options)
+    grad_sq_norm, cov_trace = truth(per_example_gradients(model, data))
+    assert estimate.lower < cov_trace / grad_sq_norm < estimate.upper
+    assert (estimate.probe, estimate.num_measurements, estimate.batch_size) == ("per_example", 50, 32)
+    # 6,400 gradients of the population's 1,797: 50 windows of batches of 32 alone are known to 3 %
+    assert estimate.cov_trace == pytest.approx(cov_trace, rel=0.02)
+    batches = measure_noise_scale(model, loader(data), **options)
+    assert estimate.grad_sq_norm == pytest.approx(batches.grad_sq_norm, rel=0.02)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_examples_that_are_not_in_the_first_dimension():
+    torch.manual_seed(0)
+    module = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    batches = list(torch.randn(3, 4, 4, 8))
+
+    def loss(module, batch):
+        return module(batch.transpose(0, 1)).square().mean()
+
+    examples = [example for batch in batches for example in batch]
+    grads = [torch.autograd.grad(loss(module, example[None]), list(module.parameters())) for example in examples]
+    spread = torch.stack([torch.cat([g.flatten() for g in row]).double() for row in grads]).var(0).sum()
+    options = {"probe": "per_example", "max_batches": 3, "relative_error": 1e-9}
+    estimate = measure_noise_scale(module, batches, loss, batch_dims={"*": 1}, **options)
+    # float32 gradients
+    assert estimate.cov_trace == pytest.approx(float(spread), rel=1e-4)
+    with pytest.raises(ValueError, match=r"`probe='per_example'`: .*batch_dims"):
+        measure_noise_scale(module, batches, loss, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"probe": "sharded"}, "`probe` must be 'micro_batch' or 'per_example', got 'sharded'; the first is right"),
+        ({"probe": "per_example", "curvature": True}, "`curvature=True` multiplies gradients of whole batches; leave"),
+        ({"batch_dims": {"net": 1}}, "`batch_dims` says where examples lie in a batch; set `probe='per_example'`"),
+    ],
+)
+def test_ways_that_there_are_not(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        measure_noise_scale(DigitsMLP(), loader(digits()), **options)
+
+
 def test_a_training_step_without_batch_idx():
     class BatchAlone(DigitsMLP):
         def training_step(self, batch):
@@ -132,7 +179,7 @@ def test_data_module_and_generator():
         ({"model": DigitsMLP().requires_grad_(False)}, "no parameter with `requires_grad=True`"),
         ({"max_batches": 1}, "`data` gave 1 batches, none of two or more"),
         ({"loss_fn": lambda model, batch: model(batch[0])}, "The loss of a batch must be one number"),
-        ({"batch_size_fn": lambda batch: 0}, "`batch_size_fn` must return the positive number"),
+        ({"batch_size_fn": lambda batch: 0}, "`data` gave a batch that counts no example"),
         ({"confidence": 2}, "`confidence` must lie between 0 and 1"),
     ],
 )
