@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_wn.per_example.rules.errors import can_have_examples
 from lightning_wn.probes.base import Probe
+from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.consecutive import ConsecutiveProbe
 from lightning_wn.probes.micro_batch import MicroBatchProbe
 from lightning_wn.probes.per_example import PerExampleProbe
@@ -13,7 +14,7 @@ from lightning_wn.probes.requirements import parameter_placement
 from lightning_wn.probes.sharded import ShardedProbe
 
 PROBES: dict[str, type[Probe]] = {
-    probe.name: probe for probe in (MicroBatchProbe, ShardedProbe, PerExampleProbe, ConsecutiveProbe)
+    probe.name: probe for probe in (MicroBatchProbe, ShardedProbe, PerExampleProbe, BatchPairProbe, ConsecutiveProbe)
 }
 
 
@@ -21,7 +22,7 @@ def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule, accumu
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
     ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has two or more micro-batches
-    over all ranks. On one device without accumulation ``per_example``, or ``consecutive`` for models that mix the
+    over all ranks. On one device without accumulation ``per_example``, or ``batch_pair`` for models that mix the
     examples of a batch (BatchNorm) or are compiled, and for several optimizers.
 
     Args:
@@ -40,7 +41,7 @@ def choose_probe(wish: str, trainer: Trainer, pl_module: LightningModule, accumu
         if trainer.world_size * accumulation >= 2:
             return MicroBatchProbe.name
         whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
-        return PerExampleProbe.name if whole else ConsecutiveProbe.name
+        return PerExampleProbe.name if whole else BatchPairProbe.name
     if sharded != (wish == ShardedProbe.name):
         raise ValueError(
             f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -81,6 +82,7 @@ class OptimizerMeasurement:
         self._manual = False
         self._alone = True
         self._batch: BatchCount | None = None
+        self._steps_of_batch = 0
         self._first_size: float | Tensor = 0.0
         self._last_size: float | Tensor = 0.0
         # of the gradients after and before a backward pass
@@ -139,12 +141,26 @@ class OptimizerMeasurement:
 
     def start_batch(self, trainer: Trainer, model: LightningModule, batch_idx: int) -> None:
         """Start a step where one starts."""
-        self._backwards_of_batch = 0
+        self._backwards_of_batch = self._steps_of_batch = 0
         if not self._manual:
             if batch_idx % trainer.accumulate_grad_batches == 0:
                 self._open(trainer.global_step, model)
         elif not self._is_open:
             self._open(self.steps, model)
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether the probe has to see the next batch for a step that ended before."""
+        return self.probe.waits_for_batch
+
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> None:
+        """Show the probe a batch, which may complete the samples of a step that ended before."""
+        if self.measuring or self.probe.waits_for_batch or self._manual:
+            samples = self.probe.see_batch(trainer, model, batch, batch_idx, count)
+            if samples is not None:
+                self.metric.add_samples(samples)
 
     def before_forward(self, count: BatchCount) -> None:
         """Count the batch, if the step is measured."""
@@ -186,7 +202,9 @@ class OptimizerMeasurement:
     def before_step(self, trainer: Trainer, model: LightningModule) -> None:
         """Read the optimizer's gradient, before clipping, and hand the step to the metric."""
         self.steps += 1
+        self._steps_of_batch += 1
         if self.measuring:
+            self.probe.step_of_batch = self._steps_of_batch
             # a fused optimizer unscales within its step: here its gradients are still scaled
             still_scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
             grad_scale = loss_scale(trainer, model.device) if still_scaled else None
@@ -214,6 +232,7 @@ class OptimizerMeasurement:
         self._is_open = True
         if self.probe.is_due(step, self.every_n_steps):
             measured = self._find_parameters(model)
+            self.probe.optimizer = self._optimizer
             self.probe.begin(step, self.every_n_steps, model, measured)
             self.measuring = True
 
