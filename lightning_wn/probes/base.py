@@ -16,7 +16,7 @@ from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 
 
-class CannotMeasure(ValueError):
+class CannotMeasureError(ValueError):
     """A probe cannot read this run; the message is the true cause, in a sentence."""
 
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
-from lightning_wn.probes.base import CannotMeasure, Probe, mean_scale, sample_sizes
+from lightning_wn.probes.base import CannotMeasureError, Probe, mean_scale, sample_sizes
 from lightning_wn.probes.checksums import Projection
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
@@ -84,9 +84,9 @@ class BatchPairProbe(Probe):
             )
         if wrapped:
             try:
-                SilentCopy(pl_module)
-            except CannotMeasure as error:
-                raise CannotMeasure(f"`probe='batch_pair'`: {error}; {_ALTERNATIVES}.") from error
+                SilentCopy(trainer, pl_module)
+            except CannotMeasureError as error:
+                raise CannotMeasureError(f"`probe='batch_pair'`: {error}; {_ALTERNATIVES}.") from error
 
     def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
         """Start a step; a pair whose second batch is still to come stays."""
@@ -162,7 +162,7 @@ class BatchPairProbe(Probe):
         if factor is not None:
             # rescaled as a whole, as by clipping: the gradient as it was before
             scale = torch.as_tensor(1.0 / (factor * made_with), dtype=dtype)
-        copied = SilentCopy(model)
+        copied = SilentCopy(model.trainer, model)
         denominators = None
         if measured.denominator is not None:
             # the optimizer's, before this gradient enters it
@@ -192,7 +192,7 @@ class BatchPairProbe(Probe):
             return call()
         except torch.OutOfMemoryError:
             self._failure = "the device has no memory left for a copy of the model and one more gradient"
-        except CannotMeasure as error:
+        except CannotMeasureError as error:
             self._failure = str(error)
         # outside of the handler, whose error holds on to the memory
         self._leave_out(self._failure)
@@ -202,7 +202,7 @@ class BatchPairProbe(Probe):
         self._num_left_out += 1
         if self.strict and not self._num_measured:
             self.detach()
-            raise CannotMeasure(f"`probe='batch_pair'`: {cause}; {_ALTERNATIVES}.")
+            raise CannotMeasureError(f"`probe='batch_pair'`: {cause}; {_ALTERNATIVES}.")
         if self._num_left_out > self._num_measured:
             self.refusal = cause
         elif not self._warned:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_wn.probes.base import CannotMeasure
+from lightning_wn.probes.base import CannotMeasureError
 from lightning_wn.trainer import copy_without_trainer, loss_scale, training_step_output
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,20 +33,20 @@ _SHARED = (Dataset, DataLoader, LightningDataModule)
 class SilentCopy:
     """A model as it is now, to run ``training_step`` on later.
 
-    The copy has weights, buffers and metrics of its own. What it logs goes nowhere, its optimizers and schedulers do not
-    step, and random numbers are drawn from where training stands without being taken from it. What it reads of its
-    Trainer is there, with the present step and epoch. Hooks of the user's on modules belong to the copy, too; those of
-    this package do not.
+    The copy has weights, buffers and metrics of its own. What it logs goes nowhere, its optimizers and schedulers do
+    not step, and random numbers are drawn from where training stands without being taken from it. What it reads of
+    its Trainer is there, with the present step and epoch. Hooks of the user's on modules belong to the copy, too;
+    those of this package do not.
 
     Args:
-        model: In a Trainer that trains it.
+        trainer: Trains the model.
+        model: The model.
 
     Raises:
-        CannotMeasure: If it cannot be copied.
+        CannotMeasureError: If it cannot be copied.
     """
 
-    def __init__(self, model: LightningModule) -> None:
-        trainer = model.trainer
+    def __init__(self, trainer: Trainer, model: LightningModule) -> None:
         memo: dict[int, Any] = {id(trainer): trainer}
         recorders = [_Recorder(optimizer) for optimizer in trainer.optimizers]
         memo |= {id(recorder.real): recorder for recorder in recorders}
@@ -65,7 +65,7 @@ class SilentCopy:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise CannotMeasure(
+            raise CannotMeasureError(
                 f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})".replace("\n", " ")
             ) from error
         # parameters that only an optimizer knows have no copy
@@ -117,23 +117,22 @@ class SilentCopy:
             have; or None if ``training_step`` skips the batch, or does not let the optimizer step.
 
         Raises:
-            CannotMeasure: If the loss is not the copy's, or the copy's ``training_step`` fails where the original's
-                would not.
+            CannotMeasureError: If the loss is not the copy's, or its ``training_step`` fails.
         """
         for original, copied in self._copies.values():
             # between two batches no optimizer is toggled
             copied.requires_grad_(original.requires_grad)
         self._model._param_requires_grad_state = {}
         if any(id(p) not in self._copies for p in parameters):
-            raise CannotMeasure(
+            raise CannotMeasureError(
                 "an optimizer moves parameters that are no part of the model, so a copy has none of them"
             )
         try:
             reached = self._run(_copied_batch(batch), batch_idx, optimizer, step)
-        except (CannotMeasure, torch.OutOfMemoryError):
+        except (CannotMeasureError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise CannotMeasure(
+            raise CannotMeasureError(
                 f"`training_step` fails on a copy of the model ({type(error).__name__}: {error})".replace("\n", " ")
             ) from error
         if not reached:
@@ -160,9 +159,9 @@ class SilentCopy:
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if _reaches(loss, self._originals):
-            raise CannotMeasure(
-                f"the loss of a copy of {type(self._model).__name__} reaches the weights of the original, as a function "
-                "that was made in `__init__` and uses `self` does"
+            raise CannotMeasureError(
+                f"the loss of a copy of {type(self._model).__name__} reaches the weights of the original, as a "
+                "function that was made in `__init__` and uses `self` does"
             )
         scale = loss_scale(self._trainer, self._model.device)
         self._model.backward(loss if scale is None else loss * scale, *args, **kwargs)

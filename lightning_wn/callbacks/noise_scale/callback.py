@@ -67,8 +67,8 @@ class GradientNoiseScaleCallback(Callback):
             where a step has two micro-batches or more, ``per_example`` otherwise, and ``batch_pair`` for
             models with BatchNorm, under torch.compile, and for several optimizers.
         every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10, and 100 for
-            ``per_example`` and ``batch_pair``) at which measuring adds about 1 % to training time or less; a resumed run keeps the
-            number that its checkpoint was written with.
+            ``per_example`` and ``batch_pair``) at which measuring adds about 1 % to training time or less; a resumed
+            run keeps the number that its checkpoint was written with.
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean of all.
         half_life_steps: The same in optimizer steps: after so many, a measurement counts half.
         confidence: Level of the interval, in (0, 1).
