@@ -128,12 +128,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return move_data_to_device(batch, device)
 
 
-def copy_without_trainer(value: _Copied) -> _Copied:
+def copy_without_trainer(value: _Copied, memo: dict[int, Any] | None = None) -> _Copied:
     """Copy a model, a DataModule or a loader; data sets of loaders and Trainers are not copied.
 
     A compiled model's copy is not compiled: what was compiled belongs to the original, and computes with its weights.
+
+    Args:
+        value: What to copy.
+        memo: As of `copy.deepcopy`: from the identity of what is found in it to what stands for that in the copy.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     # a LightningModule leaves its Trainer out by itself
     compiled = isinstance(value, LightningModule) and value._compiler_ctx is not None
     if compiled:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
+
+
+class CannotMeasureError(ValueError):
+    """A probe cannot read this run; the message is the true cause, in a sentence."""
 
 
 class Probe:
@@ -40,6 +45,10 @@ class Probe:
     """Whether what it finds unmeasurable at first is an error; otherwise it says so in ``refusal``."""
     refusal: str = ""
     """Why it cannot go on in this run, in a sentence with the cause: another probe had better take over."""
+    optimizer: Optimizer | None = None
+    """Whose gradients it reads."""
+    step_of_batch: int = 1
+    """Which step of this optimizer on the present batch is under way, where one batch has several."""
 
     batch_dims: Mapping[str, int | Literal["folded"]] = {}
     """Where modules have the batch in another dimension than the first; see :class:`~.per_example.PerExampleNorms`."""
@@ -64,6 +73,21 @@ class Probe:
 
         The same object stands for the same parameters: hooks are set anew only for another one.
         """
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether it has to see the next batch, measured or not."""
+        return False
+
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> GradientSamples | None:
+        """See a batch before ``training_step`` gets it: one of a measured step, or one that the probe waits for.
+
+        Returns:
+            The samples of an optimizer step that ended before, if this batch completes them.
+        """
+        return None
 
     def before_forward(self, count: BatchCount) -> None:
         """A micro-batch of so many examples starts its forward pass."""

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_wn.per_example.rules.errors import can_have_examples
 from lightning_wn.probes.base import Probe
+from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.consecutive import ConsecutiveProbe
 from lightning_wn.probes.micro_batch import MicroBatchProbe
 from lightning_wn.probes.per_example import PerExampleProbe
@@ -15,7 +16,7 @@ from lightning_wn.probes.requirements import parameter_placement
 from lightning_wn.probes.sharded import ShardedProbe
 
 PROBES: dict[str, type[Probe]] = {
-    probe.name: probe for probe in (MicroBatchProbe, ShardedProbe, PerExampleProbe, ConsecutiveProbe)
+    probe.name: probe for probe in (MicroBatchProbe, ShardedProbe, PerExampleProbe, BatchPairProbe, ConsecutiveProbe)
 }
 
 
@@ -25,7 +26,7 @@ def choose_probe(
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
     ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has two or more micro-batches
-    over all ranks. On one device without accumulation ``per_example``, or ``consecutive`` for models that mix the
+    over all ranks. On one device without accumulation ``per_example``, or ``batch_pair`` for models that mix the
     examples of a batch (BatchNorm) or are compiled, and for several optimizers.
 
     Args:
@@ -61,4 +62,4 @@ def _candidates(trainer: Trainer, pl_module: LightningModule, accumulation: int,
     if trainer.world_size * accumulation >= 2:
         return [MicroBatchProbe.name]
     whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
-    return [*([PerExampleProbe.name] if whole else []), ConsecutiveProbe.name]
+    return [*([PerExampleProbe.name] if whole else []), BatchPairProbe.name, ConsecutiveProbe.name]

@@ -22,7 +22,7 @@ from lightning_wn.summing import summing_dtype
 _Result = TypeVar("_Result")
 
 _ALTERNATIVES = (
-    "`Trainer(accumulate_grad_batches=2)` or more measures any model exactly, and `probe='consecutive'` approximately."
+    "`Trainer(accumulate_grad_batches=2)` or more measures any model exactly, and so does `probe='batch_pair'`."
 )
 
 
@@ -62,7 +62,7 @@ class PerExampleProbe(Probe):
         if len(trainer.optimizers) > 1:
             raise ValueError(
                 f"`probe='per_example'` follows one backward pass through the whole model, and this run has "
-                f"{len(trainer.optimizers)} optimizers; use `probe='consecutive'`, or `probe='auto'`, which takes it."
+                f"{len(trainer.optimizers)} optimizers; use `probe='batch_pair'`, or `probe='auto'`, which takes it."
             )
         if wrapped:
             self._attach(pl_module, MeasuredParameters([p for p in pl_module.parameters() if p.requires_grad]))

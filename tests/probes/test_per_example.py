@@ -132,15 +132,14 @@ def test_the_last_batch_of_one_example_is_left_out():
     assert callback.estimate().batch_size == 32
 
 
-def test_batch_norm_and_compiled_models_go_to_the_approximate_probe():
+def test_batch_norm_and_compiled_models_go_to_the_pair_of_batches():
     mixing = DigitsMLP()
     mixing.net.insert(1, nn.BatchNorm1d(32))
     compiled = DigitsMLP()
     compiled.net = torch.compile(compiled.net, backend="eager")
     for model in (mixing, compiled):
-        with pytest.warns(UserWarning, match="'consecutive', which is approximate"):
-            callback = measure(model, loader(digits()), steps=5)
-        assert callback.estimate().probe == "consecutive"
+        callback = measure(model, loader(digits()), steps=5)
+        assert (callback.estimate().probe, callback.estimate().num_measurements) == ("batch_pair", 4)
 
 
 def test_what_cannot_be_measured_is_said_before_training():

@@ -59,20 +59,21 @@ class GradientNoiseScaleCallback(Callback):
     ``gns/attention/noise_scale`` or ``gns/optimizer_1/noise_scale``.
 
     In manual optimization the batch size is that of the batch, and the losses that go into one optimizer step are
-    taken to add up to the mean loss. One device measures there by ``consecutive`` where there are several optimizers,
+    taken to add up to the mean loss. One device measures there by ``batch_pair`` where there are several optimizers,
     and by ``micro_batch`` where you accumulate yourself and say so.
 
     Args:
         probe: Where gradient samples come from. ``"micro_batch"``: each rank's each micro-batch; needs gradient
             accumulation, DDP, or both. ``"sharded"``: the same under ModelParallelStrategy with FSDP2.
             ``"per_example"``: each example of a batch, on one device, for layers that do not mix examples.
-            ``"consecutive"``: each optimizer step beside the last one, on one device; approximate, and far off
-            at large learning rates. ``"auto"`` takes ``sharded`` under ModelParallelStrategy, ``micro_batch``
-            where a step has two micro-batches or more, ``per_example`` otherwise, and ``consecutive`` for
-            models with BatchNorm or under torch.compile.
+            ``"batch_pair"``: the next batch at the same weights, too, on one device, for any model that can be
+            copied. ``"consecutive"``: each optimizer step beside the last one, on one device; approximate, and far
+            off at large learning rates. ``"auto"`` takes ``sharded`` under ModelParallelStrategy, ``micro_batch``
+            where a step has two micro-batches or more, ``per_example`` otherwise, and ``batch_pair`` for
+            models with BatchNorm, under torch.compile, and for several optimizers.
         every_n_steps: Measure one in so many optimizer steps. None is a fixed number per probe (10, and 100 for
-            ``per_example``) at which measuring adds about 1 % to training time or less; a resumed run keeps the
-            number that its checkpoint was written with.
+            ``per_example`` and ``batch_pair``) at which measuring adds about 1 % to training time or less; a resumed
+            run keeps the number that its checkpoint was written with.
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean of all.
         half_life_steps: The same in optimizer steps: after so many, a measurement counts half.
         confidence: Level of the interval, in (0, 1).
@@ -112,7 +113,7 @@ class GradientNoiseScaleCallback(Callback):
 
     def __init__(
         self,
-        probe: Literal["auto", "micro_batch", "sharded", "per_example", "consecutive"] = "auto",
+        probe: Literal["auto", "micro_batch", "sharded", "per_example", "batch_pair", "consecutive"] = "auto",
         *,
         every_n_steps: int | None = None,
         ema_decay: float = DEFAULT_EMA_DECAY,
@@ -299,11 +300,13 @@ class GradientNoiseScaleCallback(Callback):
             self._measurements.curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
         for measurement in self._measurements:
             measurement.start_batch(trainer, pl_module, batch_idx)
-        measuring = any(measurement.measuring for measurement in self._measurements)
+        measuring = any(measurement.measuring or measurement.waits_for_batch for measurement in self._measurements)
         self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
             count = self._count(trainer, batch)
+            for measurement in self._measurements:
+                measurement.see_batch(trainer, pl_module, batch, batch_idx, count)
             for measurement in self._measurements:
                 measurement.before_forward(count)
 

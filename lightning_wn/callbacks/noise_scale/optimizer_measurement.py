@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -76,8 +77,6 @@ class OptimizerMeasurement:
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
         self.num_due = 0
         """Optimizer steps that were to be measured."""
-        self.num_unread = 0
-        """Those of them of which the probe gave no samples."""
         self.num_late = 0
         """Those that began anew after the forward pass that the probe would have had to see."""
         self._off = False
@@ -88,6 +87,7 @@ class OptimizerMeasurement:
         self._manual = False
         self._alone = True
         self._batch: BatchCount | None = None
+        self._steps_of_batch = 0
         self._first_size: float | Tensor = 0.0
         self._last_size: float | Tensor = 0.0
         # of the gradients after and before a backward pass
@@ -155,12 +155,26 @@ class OptimizerMeasurement:
 
     def start_batch(self, trainer: Trainer, model: LightningModule, batch_idx: int) -> None:
         """Start a step where one starts."""
-        self._backwards_of_batch = 0
+        self._backwards_of_batch = self._steps_of_batch = 0
         if not self._manual:
             if batch_idx % trainer.accumulate_grad_batches == 0:
                 self._open(trainer.global_step, model)
         elif not self._is_open:
             self._open(self.steps, model)
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether the probe has to see the next batch for a step that ended before."""
+        return self.probe.waits_for_batch
+
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> None:
+        """Show the probe a batch, which may complete the samples of a step that ended before."""
+        if self.measuring or self.probe.waits_for_batch or self._manual:
+            samples = self.probe.see_batch(trainer, model, batch, batch_idx, count)
+            if samples is not None:
+                self.metric.add_samples(samples)
 
     def before_forward(self, count: BatchCount) -> None:
         """Count the batch, if the step is measured."""
@@ -203,7 +217,9 @@ class OptimizerMeasurement:
         """Read the optimizer's gradient, before clipping, and hand the step to the metric."""
         self.steps += 1
         self.num_due += self.measuring
+        self._steps_of_batch += 1
         if self.measuring:
+            self.probe.step_of_batch = self._steps_of_batch
             # a fused optimizer unscales within its step: here its gradients are still scaled
             still_scaled = getattr(self._optimizer, "_step_supports_amp_scaling", False)
             grad_scale = loss_scale(trainer, model.device) if still_scaled else None
@@ -225,7 +241,6 @@ class OptimizerMeasurement:
                     samples = samples.scaled(self.num_micro_batches)
                 samples = replace(samples, irregular=samples.irregular or self._irregular or edited)
                 self.metric.add_samples(samples)
-            self.num_unread += samples is None
         self._close()
 
     def _open(self, step: int, model: LightningModule) -> None:
@@ -233,6 +248,7 @@ class OptimizerMeasurement:
         self._is_open = True
         if not self._off and self.probe.is_due(step, self.every_n_steps):
             measured = self._find_parameters(model)
+            self.probe.optimizer = self._optimizer
             self.probe.begin(step, self.every_n_steps, model, measured)
             self.measuring = True
 

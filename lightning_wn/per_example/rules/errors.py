@@ -67,7 +67,7 @@ def require_separate_examples(model: nn.Module) -> None:
         raise PerExampleError(
             f"{_several('layer', mixing)} {'makes' if len(mixing) == 1 else 'make'} use of batch statistics, which "
             "leave no example a gradient of its own: use GroupNorm or LayerNorm there, put the layer into eval(), or "
-            "choose probe='consecutive'"
+            "choose probe='batch_pair'"
         )
     named = list(model.named_modules())
     if compiled := [name or type(model).__name__ for name, module in named if _is_compiled(module)]:

@@ -144,7 +144,7 @@ class TestSeveralOptimizers:
         callback = measure(model, DataLoader(gan_data(), 16), steps=4)
         for index, name in enumerate(("generator", "discriminator")):
             estimate = callback.estimate(optimizer=index)
-            assert (estimate.probe, estimate.num_measurements, estimate.batch_size) == ("consecutive", 1, 16)
+            assert (estimate.probe, estimate.num_measurements, estimate.batch_size) == ("batch_pair", 1, 16)
             assert_pair(estimate, textbook_pair(gan_samples(name), [16, 16]))
 
     def test_names(self, tmp_path):
@@ -178,7 +178,7 @@ class TestSeveralOptimizers:
 
     def test_by_example_is_refused(self):
         with pytest.raises(
-            ValueError, match=r"`probe='per_example'` .* this run has 2 optimizers; use `probe='consecutive'`"
+            ValueError, match=r"`probe='per_example'` .* this run has 2 optimizers; use `probe='batch_pair'`"
         ):
             measure(GAN(toggle=True), DataLoader(gan_data(), 8), probe="per_example")
 

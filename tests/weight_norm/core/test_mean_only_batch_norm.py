@@ -318,7 +318,7 @@ def test_it_lives_with_the_noise_scale():
     noise_scale = GradientNoiseScaleCallback(every_n_steps=1)
     fit(model, WeightNormCallback(mean_only_batch_norm=True), noise_scale, max_epochs=3)
     # no example has a gradient of its own
-    assert noise_scale.estimate().probe == "consecutive"
+    assert noise_scale.estimate().probe == "batch_pair"
 
 
 def test_ranks_whose_means_are_synchronized_are_no_independent_samples():

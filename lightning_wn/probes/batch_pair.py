@@ -1,0 +1,354 @@
+"""Probe: two gradient samples are two whole batches at the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_wn.noise_scale.batch_counting import BatchCount
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
+from lightning_wn.probes.base import CannotMeasureError, Probe, mean_scale, sample_sizes
+from lightning_wn.probes.checksums import Projection
+from lightning_wn.probes.requirements import require_one_device
+from lightning_wn.probes.silent_copy import SilentCopy
+from lightning_wn.summing import summing_dtype
+from lightning_wn.trainer import first_accumulation
+
+_Result = TypeVar("_Result")
+
+_MAX_TRIES = 32
+"""Batches after which an optimizer that does not step on any of them is given up."""
+_ALTERNATIVES = (
+    "`Trainer(accumulate_grad_batches=2)` or more measures any model exactly, and `probe='consecutive'` approximately"
+)
+
+
+class BatchPairProbe(Probe):
+    """Takes the next batch's gradient at the present weights, too, on a copy of the model.
+
+    Whatever happens inside a batch (batch statistics, contrastive losses, message passing, mixup), two batches are two
+    independent samples. So nothing is asked of the layers or of the loss, and the number is exact for gradients of
+    batches of the size in use. The second batch is the next one, and not the last: training has followed the last
+    batch's gradient already, so that at the present weights it is smaller than, and no longer independent of,
+    a fresh one's, in proportion to the learning rate.
+
+    A measured step costs a copy of the model and a further pass forward and back, when the next batch comes. Training
+    is the same: see :class:`~.silent_copy.SilentCopy`.
+
+    One device, one batch an optimizer step.
+    """
+
+    name = "batch_pair"
+    # a measured step costs about two plain ones
+    default_every_n_steps = 100
+    watches_backward = False
+
+    def __init__(self) -> None:
+        self._model: LightningModule | None = None
+        self._measured = MeasuredParameters(())
+        self._edits = _EditWatch(())
+        self._batch_idx = 0
+        self._size: float | Tensor = 0.0
+        self._weight = 0.0
+        self._loss_scale: Tensor | None = None
+        self._micro_batches = 0
+        self._pending: _Pending | None = None
+        self._num_measured = self._num_left_out = 0
+        self._warned = False
+        self._failure: str | None = None
+
+    def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
+        """Raise ValueError on several devices, with accumulation, and for models that cannot be copied."""
+        require_one_device(trainer, self.name)
+        if pl_module.automatic_optimization and first_accumulation(trainer) > 1:
+            raise ValueError(
+                "`probe='batch_pair'` compares two batches of one optimizer step each, and here a step has "
+                f"{first_accumulation(trainer)} of them, which are exact samples already; use `probe='micro_batch'` or "
+                "`probe='auto'`."
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                "`probe='batch_pair'` needs the batch before `training_step` does, and "
+                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`; let it take `batch`, or: "
+                f"{_ALTERNATIVES}."
+            )
+        if wrapped:
+            try:
+                SilentCopy(trainer, pl_module)
+            except CannotMeasureError as error:
+                raise CannotMeasureError(f"`probe='batch_pair'`: {error}; {_ALTERNATIVES}.") from error
+
+    def begin(self, step: int, every_n_steps: int, model: nn.Module, measured: MeasuredParameters) -> None:
+        """Start a step; a pair whose second batch is still to come stays."""
+        assert isinstance(model, LightningModule)
+        self._model = model
+        if measured is not self._measured:
+            self._edits.detach()
+            self._edits = _EditWatch(measured.parameters)
+            self._measured = measured
+        self._edits.attach()
+        self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether a measured step's second batch is still to come."""
+        return self._pending is not None
+
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> GradientSamples | None:
+        """Take this batch's gradient at the weights of the step that waits for it."""
+        pending, self._batch_idx = self._pending, batch_idx
+        if pending is None:
+            return None
+        self._pending = None
+        samples = self._try(lambda: pending.with_batch(batch, count.total))
+        if samples is None and self._failure is None:
+            # `training_step` skipped the batch, or the optimizer's turn has not come
+            pending.tries += 1
+            if pending.tries < _MAX_TRIES:
+                self._pending = pending
+            else:
+                self._leave_out(f"on {_MAX_TRIES} batches one after the other the optimizer did not step again")
+        self._num_measured += samples is not None
+        return samples
+
+    def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
+        """Note what the gradient is a mean over, and what it was multiplied with."""
+        self._size = self._size + size
+        self._weight += weight
+        self._loss_scale = loss_scale
+        self._micro_batches += 1
+
+    def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
+        """Keep the optimizer's gradient, and a copy of the model as it is now, until the next batch comes."""
+        self._edits.detach()
+        # an optimizer that steps several times on a batch: the first pair is still to come
+        if not self._weight or self._pending is not None:
+            return None
+        if self._micro_batches > 1:
+            self._leave_out("an optimizer step takes several batches, and `probe='micro_batch'` measures those")
+            return None
+        model = self._model
+        assert model is not None
+        self._pending = self._try(lambda: self._keep(model, grad_scale, full=full))
+        return None
+
+    def detach(self) -> None:
+        """Remove the hooks and forget the step, and a pair whose second batch did not come."""
+        self._edits.detach()
+        self._edits = _EditWatch(())
+        self._measured = MeasuredParameters(())
+        self._model = self._pending = None
+        self._weight = 0.0
+
+    def _keep(self, model: LightningModule, grad_scale: Tensor | None, *, full: bool) -> _Pending:
+        measured = self._measured
+        gradients = [p.grad for p in measured.parameters]
+        dtype = summing_dtype(measured.device)
+        scale = mean_scale(self._weight, grad_scale, dtype)
+        made_with = self._weight if self._loss_scale is None else self._weight * self._loss_scale.to(dtype)
+        factor, deviation = self._edits.compare(dtype)
+        if factor is not None:
+            # rescaled as a whole, as by clipping: the gradient as it was before
+            scale = torch.as_tensor(1.0 / (factor * made_with), dtype=dtype)
+        copied = SilentCopy(model.trainer, model)
+        denominators = None
+        if measured.denominator is not None:
+            # the optimizer's, before this gradient enters it
+            denominators = {id(p): measured.denominator(p) for p in measured.parameters}
+        return _Pending(
+            model=copied,
+            measured=MeasuredParameters(
+                measured.parameters,
+                groups=measured.groups,
+                denominator=None if denominators is None else lambda p: denominators[id(p)],
+                coverage=measured.coverage,
+            ),
+            gradients=[None if gradient is None else gradient.detach().clone() for gradient in gradients],
+            scale=scale,
+            deviation=deviation,
+            size=self._size,
+            full=full,
+            batch_idx=self._batch_idx,
+            optimizer=self.optimizer,
+            step_of_batch=self.step_of_batch,
+        )
+
+    def _try(self, call: Callable[[], _Result]) -> _Result | None:
+        """Call, and leave the step out where that cannot be; what cannot be at first is an error."""
+        self._failure = None
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            self._failure = "the device has no memory left for a copy of the model and one more gradient"
+        except CannotMeasureError as error:
+            self._failure = str(error)
+        # outside of the handler, whose error holds on to the memory
+        self._leave_out(self._failure)
+        return None
+
+    def _leave_out(self, cause: str) -> None:
+        self._num_left_out += 1
+        if self.strict and not self._num_measured:
+            self.detach()
+            raise CannotMeasureError(f"`probe='batch_pair'`: {cause}; {_ALTERNATIVES}.")
+        if self._num_left_out > self._num_measured:
+            self.refusal = cause
+        elif not self._warned:
+            self._warned = True
+            rank_zero_warn(f"`probe='batch_pair'` leaves out steps, and says so once: {cause}.")
+
+
+@dataclass
+class _Pending:
+    """A measured step whose second batch is still to come; ``scale`` makes of the gradients the mean gradient."""
+
+    model: SilentCopy
+    measured: MeasuredParameters
+    gradients: list[Tensor | None]
+    scale: Tensor
+    deviation: Tensor
+    size: float | Tensor
+    full: bool
+    batch_idx: int
+    optimizer: Optimizer | None
+    step_of_batch: int
+    tries: int = field(default=0)
+
+    def with_batch(self, batch: Any, size: float | Tensor) -> GradientSamples | None:
+        """Return both batches' samples, or None if this batch gives no gradient."""
+        measured = self.measured
+        # as `batch_idx` goes, so may the optimizers take turns
+        found = self.model.gradients(
+            measured.parameters, batch, self.batch_idx, optimizer=self.optimizer, step=self.step_of_batch
+        )
+        if found is None:
+            return None
+        others, loss_scale = found
+        dtype = summing_dtype(measured.device)
+        other_scale = mean_scale(1.0, loss_scale, dtype)
+        sq_norms = torch.stack(
+            (measured.sq_norms_of(self.gradients, self.scale), measured.sq_norms_of(others, other_scale))
+        )
+        total = [
+            _sum(gradient, self.scale, other, other_scale)
+            for gradient, other in zip(self.gradients, others, strict=True)
+        ]
+        ones = torch.ones(NUM_CHECKSUMS, device=measured.device, dtype=dtype)
+        # a gradient that was not rescaled as a whole differs in both directions
+        signs = torch.tensor([1.0, -1.0] * NUM_CHECKSUMS, device=measured.device, dtype=dtype)[:NUM_CHECKSUMS]
+        return GradientSamples(
+            sq_norms=sq_norms,
+            sizes=sample_sizes((self.size, size), measured.device, dtype),
+            weights=(1.0, 1.0),
+            grad_sq_norm=measured.sq_norms_of(total, torch.tensor(0.5, dtype=dtype)),
+            checksums=torch.stack((ones, ones)),
+            grad_checksums=ones + signs * self.deviation.to(ones),
+            examples=self.size,
+            micro_batches=1,
+            full=self.full,
+        )
+
+
+def _sum(one: Tensor | None, scale: Tensor, other: Tensor | None, other_scale: Tensor) -> Tensor | None:
+    """Add two gradients into the first; what is None is zero."""
+    if one is not None:
+        one.mul_(scale.to(one))
+    if other is None:
+        return one
+    scaled = other * other_scale.to(other)
+    return scaled if one is None else one.add_(scaled)
+
+
+class _EditWatch:
+    """Compares what backward passes gave with ``Parameter.grad`` at the optimizer's step, in a few elements of each.
+
+    Args:
+        parameters: Whose gradients to watch.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = tuple(parameters)
+        # training must draw the same random numbers with and without a probe
+        generator = torch.Generator().manual_seed(0)
+        self._projections = [Projection(p, 0, generator) for p in self._parameters]
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[int, Tensor] = {}
+
+    def attach(self) -> None:
+        """Watch from here on."""
+        self._seen.clear()
+        if self._handles:
+            return
+        for index, parameter in enumerate(self._parameters):
+            handle = parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]  # torch's
+            self._handles.append(handle)
+            # before hooks that edit the gradient
+            hooks: Any = parameter._backward_hooks
+            if hooks is not None and len(hooks) > 1:
+                hooks.move_to_end(handle.id, last=False)
+
+    def detach(self) -> None:
+        """Remove the hooks; what they saw stays until they are set again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def compare(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """Return the factor that the gradients were multiplied with, and the largest relative difference beyond it.
+
+        The difference is that of one parameter's elements, relative to their size. The factor is None where
+        no backward pass was seen.
+        """
+        device = self._parameters[0].device
+        before, after = [], []
+        for index, (parameter, projection) in enumerate(zip(self._parameters, self._projections, strict=True)):
+            seen, gradient = self._seen.get(index), parameter.grad
+            if seen is None and gradient is None:
+                continue
+            picked = projection.pick(gradient.detach()) if gradient is not None else None
+            like = seen if seen is not None else picked
+            assert like is not None
+            pair = [torch.zeros_like(like) if part is None else part for part in (seen, picked)]
+            was, now = (_real(part).to(device, dtype) for part in pair)
+            before.append(was)
+            after.append(now)
+        if not before:
+            return None, torch.zeros((), device=device, dtype=dtype)
+        # complex elements count twice
+        length = max(len(part) for part in before)
+        was, now = (
+            torch.stack([nn.functional.pad(part, (0, length - len(part))) for part in parts])
+            for parts in (before, after)
+        )
+        factor = (was * now).sum() / was.square().sum()
+        factor = torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
+        sizes = torch.linalg.vector_norm(was, dim=1) * factor
+        differences = torch.linalg.vector_norm(now - factor * was, dim=1)
+        tiny = torch.finfo(dtype).tiny
+        return factor, (differences / sizes.clamp_min(tiny)).clamp_max(1.0).max()
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        projection, seen = self._projections[index], self._seen
+
+        def see_gradient(gradient: Tensor) -> None:
+            picked = projection.pick(gradient.detach())
+            before = seen.get(index)
+            seen[index] = picked.clone() if before is None else before + picked
+
+        return see_gradient
+
+
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values).flatten() if values.is_complex() else values
