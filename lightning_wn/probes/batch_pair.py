@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,13 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
+from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import CannotMeasureError, Probe, mean_scale, sample_sizes
-from lightning_wn.probes.checksums import Projection
+from lightning_wn.probes.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
 from lightning_wn.summing import summing_dtype
@@ -56,7 +55,7 @@ class BatchPairProbe(Probe):
     def __init__(self) -> None:
         self._model: LightningModule | None = None
         self._measured = MeasuredParameters(())
-        self._edits = _EditWatch(())
+        self._edits = EditWatch(())
         self._batch_idx = 0
         self._size: float | Tensor = 0.0
         self._weight = 0.0
@@ -94,7 +93,7 @@ class BatchPairProbe(Probe):
         self._model = model
         if measured is not self._measured:
             self._edits.detach()
-            self._edits = _EditWatch(measured.parameters)
+            self._edits = EditWatch(measured.parameters)
             self._measured = measured
         self._edits.attach()
         self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
@@ -147,7 +146,7 @@ class BatchPairProbe(Probe):
     def detach(self) -> None:
         """Remove the hooks and forget the step, and a pair whose second batch did not come."""
         self._edits.detach()
-        self._edits = _EditWatch(())
+        self._edits = EditWatch(())
         self._measured = MeasuredParameters(())
         self._model = self._pending = None
         self._weight = 0.0
@@ -245,20 +244,16 @@ class _Pending:
             _sum(gradient, self.scale, other, other_scale)
             for gradient, other in zip(self.gradients, others, strict=True)
         ]
-        ones = torch.ones(NUM_CHECKSUMS, device=measured.device, dtype=dtype)
-        # a gradient that was not rescaled as a whole differs in both directions
-        signs = torch.tensor([1.0, -1.0] * NUM_CHECKSUMS, device=measured.device, dtype=dtype)[:NUM_CHECKSUMS]
-        return GradientSamples(
+        samples = GradientSamples(
             sq_norms=sq_norms,
             sizes=sample_sizes((self.size, size), measured.device, dtype),
             weights=(1.0, 1.0),
             grad_sq_norm=measured.sq_norms_of(total, torch.tensor(0.5, dtype=dtype)),
-            checksums=torch.stack((ones, ones)),
-            grad_checksums=ones + signs * self.deviation.to(ones),
             examples=self.size,
             micro_batches=1,
             full=self.full,
         )
+        return with_deviation(samples, self.deviation)
 
 
 def _sum(one: Tensor | None, scale: Tensor, other: Tensor | None, other_scale: Tensor) -> Tensor | None:
@@ -269,86 +264,3 @@ def _sum(one: Tensor | None, scale: Tensor, other: Tensor | None, other_scale: T
         return one
     scaled = other * other_scale.to(other)
     return scaled if one is None else one.add_(scaled)
-
-
-class _EditWatch:
-    """Compares what backward passes gave with ``Parameter.grad`` at the optimizer's step, in a few elements of each.
-
-    Args:
-        parameters: Whose gradients to watch.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = tuple(parameters)
-        # training must draw the same random numbers with and without a probe
-        generator = torch.Generator().manual_seed(0)
-        self._projections = [Projection(p, 0, generator) for p in self._parameters]
-        self._handles: list[RemovableHandle] = []
-        self._seen: dict[int, Tensor] = {}
-
-    def attach(self) -> None:
-        """Watch from here on."""
-        self._seen.clear()
-        if self._handles:
-            return
-        for index, parameter in enumerate(self._parameters):
-            handle = parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]  # torch's
-            self._handles.append(handle)
-            # before hooks that edit the gradient
-            hooks: Any = parameter._backward_hooks
-            if hooks is not None and len(hooks) > 1:
-                hooks.move_to_end(handle.id, last=False)
-
-    def detach(self) -> None:
-        """Remove the hooks; what they saw stays until they are set again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def compare(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-        """Return the factor that the gradients were multiplied with, and the largest relative difference beyond it.
-
-        The difference is that of one parameter's elements, relative to their size. The factor is None where
-        no backward pass was seen.
-        """
-        device = self._parameters[0].device
-        before, after = [], []
-        for index, (parameter, projection) in enumerate(zip(self._parameters, self._projections, strict=True)):
-            seen, gradient = self._seen.get(index), parameter.grad
-            if seen is None and gradient is None:
-                continue
-            picked = projection.pick(gradient.detach()) if gradient is not None else None
-            like = seen if seen is not None else picked
-            assert like is not None
-            pair = [torch.zeros_like(like) if part is None else part for part in (seen, picked)]
-            was, now = (_real(part).to(device, dtype) for part in pair)
-            before.append(was)
-            after.append(now)
-        if not before:
-            return None, torch.zeros((), device=device, dtype=dtype)
-        # complex elements count twice
-        length = max(len(part) for part in before)
-        was, now = (
-            torch.stack([nn.functional.pad(part, (0, length - len(part))) for part in parts])
-            for parts in (before, after)
-        )
-        factor = (was * now).sum() / was.square().sum()
-        factor = torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
-        sizes = torch.linalg.vector_norm(was, dim=1) * factor
-        differences = torch.linalg.vector_norm(now - factor * was, dim=1)
-        tiny = torch.finfo(dtype).tiny
-        return factor, (differences / sizes.clamp_min(tiny)).clamp_max(1.0).max()
-
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
-        projection, seen = self._projections[index], self._seen
-
-        def see_gradient(gradient: Tensor) -> None:
-            picked = projection.pick(gradient.detach())
-            before = seen.get(index)
-            seen[index] = picked.clone() if before is None else before + picked
-
-        return see_gradient
-
-
-def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values).flatten() if values.is_complex() else values

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
+from lightning_wn.probes.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
 
@@ -42,7 +43,9 @@ class ConsecutiveProbe(Probe):
         self._step = -1
         self._size: float | Tensor = 0.0
         self._weight = 0.0
+        self._loss_scale: Tensor | None = None
         self._micro_batches = 0
+        self._edits = EditWatch(())
         self._last: _Kept | None = None
         self._ends_pair = False
         self._surplus = 0
@@ -64,6 +67,10 @@ class ConsecutiveProbe(Probe):
         if starts_pair or step - self._step not in (0, 1) or not unchanged:
             self._last = None
         self._ends_pair = every_n_steps > 1 and not starts_pair
+        if not unchanged:
+            self._edits.detach()
+            self._edits = EditWatch(measured.parameters)
+        self._edits.attach()
         self._measured = measured
         self._step = step
         self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
@@ -72,14 +79,20 @@ class ConsecutiveProbe(Probe):
         """Add the examples of one micro-batch."""
         self._size = self._size + size
         self._weight += weight
+        self._loss_scale = loss_scale
         self._micro_batches += 1
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
+        self._edits.detach()
         if not self._weight:
             return None
         measured, dtype = self._measured, summing_dtype(self._measured.device)
         scale = mean_scale(self._weight, grad_scale, dtype)
+        factor, deviation = self._edits.compare(dtype)
+        if factor is not None:
+            # rescaled as a whole, as by clipping: the gradient as it was before
+            scale = mean_scale(self._weight, self._loss_scale, dtype).to(factor) / factor
         gradients = [p.grad for p in measured.parameters]
         sq_norm = measured.sq_norms_of_optimizers_gradient(scale)
         last = self._last
@@ -104,6 +117,7 @@ class ConsecutiveProbe(Probe):
                 micro_batches=self._micro_batches,
                 full=full,
             )
+            samples = with_deviation(samples, torch.maximum(deviation, last.deviation))
         if self._ends_pair:
             self._last = None
             return samples
@@ -113,7 +127,7 @@ class ConsecutiveProbe(Probe):
             copies = last.gradients
             for copy, gradient in _pairs(copies, gradients):
                 copy.copy_(gradient)
-        self._last = _Kept(copies, scale, sq_norm, self._size)
+        self._last = _Kept(copies, scale, sq_norm, self._size, deviation)
         return samples
 
     def _note_turns(self, surplus: int) -> None:
@@ -126,6 +140,8 @@ class ConsecutiveProbe(Probe):
 
     def detach(self) -> None:
         """Forget the kept gradient and the step."""
+        self._edits.detach()
+        self._edits = EditWatch(())
         self._measured = MeasuredParameters(())
         self._last = None
         self._step = -1
@@ -133,12 +149,13 @@ class ConsecutiveProbe(Probe):
 
 @dataclass(frozen=True)
 class _Kept:
-    """The last step's gradient as the optimizer held it; ``scale`` makes it the mean gradient."""
+    """The last step's gradient as the optimizer held it; ``scale`` makes it the mean gradient, as it was unedited."""
 
     gradients: list[Tensor | None]
     scale: Tensor
     sq_norm: Tensor
     size: float | Tensor
+    deviation: Tensor
 
 
 def _pairs(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor]]:
