@@ -60,10 +60,11 @@ def count_examples(batch: Any, batch_size_fn: BatchSizeFn | None) -> BatchCount:
     sizes = _sizes(batch)
     if len(sizes) == 1:
         return BatchCount(sizes.pop())
-    found = f"parts of {' and '.join(map(str, sorted(sizes)))} entries" if sizes else "no tensor with a first dimension"
+    entries = " and ".join(map(str, sorted(sizes)))
+    found = f"it holds parts of {entries} entries" if sizes else "nothing in it that is known here tells its length"
     raise ValueError(
-        f"The number of examples in a batch of type {type(batch).__name__} cannot be inferred: it holds {found}; "
-        "pass `batch_size_fn`, a function from a batch to the number of examples its loss is a mean over, such as "
+        f"The number of examples in a batch of type {type(batch).__name__} cannot be inferred: {found}; pass "
+        "`batch_size_fn`, a function from a batch to the number of examples its loss is a mean over, such as "
         "`lambda batch: len(batch['label'])`."
     )
 
