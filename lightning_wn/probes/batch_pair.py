@@ -22,7 +22,6 @@ from lightning_wn.probes.checksums import Projection
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
 from lightning_wn.summing import summing_dtype
-from lightning_wn.trainer import first_accumulation
 
 _Result = TypeVar("_Result")
 
@@ -45,7 +44,8 @@ class BatchPairProbe(Probe):
     A measured step costs a copy of the model and a further pass forward and back, when the next batch comes. Training
     is the same: see :class:`~.silent_copy.SilentCopy`.
 
-    One device, one batch an optimizer step.
+    One device. With accumulation the two samples are an optimizer step's gradient and the next micro-batch's, of their
+    sizes; by hand there is one batch a step.
     """
 
     name = "batch_pair"
@@ -68,14 +68,8 @@ class BatchPairProbe(Probe):
         self._failure: str | None = None
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
-        """Raise ValueError on several devices, with accumulation, and for models that cannot be copied."""
+        """Raise ValueError on several devices, and for models that cannot be copied or read their own batches."""
         require_one_device(trainer, self.name)
-        if pl_module.automatic_optimization and first_accumulation(trainer) > 1:
-            raise ValueError(
-                "`probe='batch_pair'` compares two batches of one optimizer step each, and here a step has "
-                f"{first_accumulation(trainer)} of them, which are exact samples already; use `probe='micro_batch'` or "
-                "`probe='auto'`."
-            )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "`probe='batch_pair'` needs the batch before `training_step` does, and "
@@ -123,6 +117,14 @@ class BatchPairProbe(Probe):
         self._num_measured += samples is not None
         return samples
 
+    def before_backward(self, loss: Tensor | None = None) -> None:
+        """Watch what this backward pass gives."""
+        self._edits.watching = True
+
+    def end_backward(self) -> None:
+        """Watch nothing that is differentiated between backward passes."""
+        self._edits.watching = False
+
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Note what the gradient is a mean over, and what it was multiplied with."""
         self._size = self._size + size
@@ -136,11 +138,12 @@ class BatchPairProbe(Probe):
         # an optimizer that steps several times on a batch: the first pair is still to come
         if not self._weight or self._pending is not None:
             return None
-        if self._micro_batches > 1:
-            self._leave_out("an optimizer step takes several batches, and `probe='micro_batch'` measures those")
-            return None
         model = self._model
         assert model is not None
+        if self._micro_batches > 1 and not model.automatic_optimization:
+            # one batch alone does not let such a copy's optimizer step
+            self._leave_out("gradients of several batches are accumulated by hand: use `probe='micro_batch'`")
+            return None
         self._pending = self._try(lambda: self._keep(model, grad_scale, full=full))
         return None
 
@@ -179,6 +182,7 @@ class BatchPairProbe(Probe):
             scale=scale,
             deviation=deviation,
             size=self._size,
+            micro_batches=self._micro_batches,
             full=full,
             batch_idx=self._batch_idx,
             optimizer=self.optimizer,
@@ -220,6 +224,7 @@ class _Pending:
     scale: Tensor
     deviation: Tensor
     size: float | Tensor
+    micro_batches: int
     full: bool
     batch_idx: int
     optimizer: Optimizer | None
@@ -256,7 +261,7 @@ class _Pending:
             checksums=torch.stack((ones, ones)),
             grad_checksums=ones + signs * self.deviation.to(ones),
             examples=self.size,
-            micro_batches=1,
+            micro_batches=self.micro_batches,
             full=self.full,
         )
 
@@ -285,10 +290,13 @@ class _EditWatch:
         self._projections = [Projection(p, 0, generator) for p in self._parameters]
         self._handles: list[RemovableHandle] = []
         self._seen: dict[int, Tensor] = {}
+        self.watching = False
+        """Whether a backward pass of training's runs; others may differentiate in between."""
 
     def attach(self) -> None:
-        """Watch from here on."""
+        """Watch the backward passes of a step."""
         self._seen.clear()
+        self.watching = False
         if self._handles:
             return
         for index, parameter in enumerate(self._parameters):
@@ -343,9 +351,10 @@ class _EditWatch:
         projection, seen = self._projections[index], self._seen
 
         def see_gradient(gradient: Tensor) -> None:
-            picked = projection.pick(gradient.detach())
-            before = seen.get(index)
-            seen[index] = picked.clone() if before is None else before + picked
+            if self.watching:
+                picked = projection.pick(gradient.detach())
+                before = seen.get(index)
+                seen[index] = picked.clone() if before is None else before + picked
 
         return see_gradient
 
