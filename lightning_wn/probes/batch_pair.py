@@ -73,8 +73,7 @@ class BatchPairProbe(Probe):
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "`probe='batch_pair'` needs the batch before `training_step` does, and "
-                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`; let it take `batch`, or: "
-                f"{_ALTERNATIVES}."
+                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`; let it take `batch`."
             )
         if wrapped:
             try:
