@@ -95,6 +95,9 @@ class Probe:
     def before_backward(self, loss: Tensor | None = None) -> None:
         """The backward pass of this loss, as it is differentiated, starts."""
 
+    def end_backward(self) -> None:
+        """A backward pass ended, whether or not it counts as a micro-batch of its own."""
+
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """A backward pass ended, of a loss that is a mean over ``size`` and was multiplied by ``weight``."""
 

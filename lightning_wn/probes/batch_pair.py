@@ -21,7 +21,6 @@ from lightning_wn.probes.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
 from lightning_wn.summing import summing_dtype
-from lightning_wn.trainer import first_accumulation
 
 _Result = TypeVar("_Result")
 
@@ -44,7 +43,8 @@ class BatchPairProbe(Probe):
     A measured step costs a copy of the model and a further pass forward and back, when the next batch comes. Training
     is the same: see :class:`~.silent_copy.SilentCopy`.
 
-    One device, one batch an optimizer step.
+    One device. With accumulation the two samples are an optimizer step's gradient and the next micro-batch's, of their
+    sizes; by hand there is one batch a step.
     """
 
     name = "batch_pair"
@@ -67,19 +67,12 @@ class BatchPairProbe(Probe):
         self._failure: str | None = None
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
-        """Raise ValueError on several devices, with accumulation, and for models that cannot be copied."""
+        """Raise ValueError on several devices, and for models that cannot be copied or read their own batches."""
         require_one_device(trainer, self.name)
-        if pl_module.automatic_optimization and first_accumulation(trainer) > 1:
-            raise ValueError(
-                "`probe='batch_pair'` compares two batches of one optimizer step each, and here a step has "
-                f"{first_accumulation(trainer)} of them, which are exact samples already; use `probe='micro_batch'` or "
-                "`probe='auto'`."
-            )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "`probe='batch_pair'` needs the batch before `training_step` does, and "
-                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`; let it take `batch`, or: "
-                f"{_ALTERNATIVES}."
+                f"{type(pl_module).__name__}.training_step takes `dataloader_iter`; let it take `batch`."
             )
         if wrapped:
             try:
@@ -122,6 +115,14 @@ class BatchPairProbe(Probe):
         self._num_measured += samples is not None
         return samples
 
+    def before_backward(self, loss: Tensor | None = None) -> None:
+        """Watch what this backward pass gives."""
+        self._edits.watching = True
+
+    def end_backward(self) -> None:
+        """Watch nothing that is differentiated between backward passes."""
+        self._edits.watching = False
+
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Note what the gradient is a mean over, and what it was multiplied with."""
         self._size = self._size + size
@@ -135,11 +136,12 @@ class BatchPairProbe(Probe):
         # an optimizer that steps several times on a batch: the first pair is still to come
         if not self._weight or self._pending is not None:
             return None
-        if self._micro_batches > 1:
-            self._leave_out("an optimizer step takes several batches, and `probe='micro_batch'` measures those")
-            return None
         model = self._model
         assert model is not None
+        if self._micro_batches > 1 and not model.automatic_optimization:
+            # one batch alone does not let such a copy's optimizer step
+            self._leave_out("gradients of several batches are accumulated by hand: use `probe='micro_batch'`")
+            return None
         self._pending = self._try(lambda: self._keep(model, grad_scale, full=full))
         return None
 
@@ -178,6 +180,7 @@ class BatchPairProbe(Probe):
             scale=scale,
             deviation=deviation,
             size=self._size,
+            micro_batches=self._micro_batches,
             full=full,
             batch_idx=self._batch_idx,
             optimizer=self.optimizer,
@@ -219,6 +222,7 @@ class _Pending:
     scale: Tensor
     deviation: Tensor
     size: float | Tensor
+    micro_batches: int
     full: bool
     batch_idx: int
     optimizer: Optimizer | None
@@ -250,7 +254,7 @@ class _Pending:
             weights=(1.0, 1.0),
             grad_sq_norm=measured.sq_norms_of(total, torch.tensor(0.5, dtype=dtype)),
             examples=self.size,
-            micro_batches=1,
+            micro_batches=self.micro_batches,
             full=self.full,
         )
         return with_deviation(samples, self.deviation)

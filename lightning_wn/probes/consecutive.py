@@ -75,6 +75,14 @@ class ConsecutiveProbe(Probe):
         self._step = step
         self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
 
+    def before_backward(self, loss: Tensor | None = None) -> None:
+        """Watch what this backward pass gives."""
+        self._edits.watching = True
+
+    def end_backward(self) -> None:
+        """Watch nothing that is differentiated between backward passes."""
+        self._edits.watching = False
+
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Add the examples of one micro-batch."""
         self._size = self._size + size

@@ -40,10 +40,13 @@ class EditWatch:
         self._projections = [Projection(p, 0, generator) for p in self._parameters]
         self._handles: list[RemovableHandle] = []
         self._seen: dict[int, Tensor] = {}
+        self.watching = False
+        """Whether a backward pass of training's runs; others may differentiate in between."""
 
     def attach(self) -> None:
-        """Watch from here on."""
+        """Watch the backward passes of a step."""
         self._seen.clear()
+        self.watching = False
         if self._handles:
             return
         for index, parameter in enumerate(self._parameters):
@@ -98,9 +101,10 @@ class EditWatch:
         projection, seen = self._projections[index], self._seen
 
         def see_gradient(gradient: Tensor) -> None:
-            picked = projection.pick(gradient.detach())
-            before = seen.get(index)
-            seen[index] = picked.clone() if before is None else before + picked
+            if self.watching:
+                picked = projection.pick(gradient.detach())
+                before = seen.get(index)
+                seen[index] = picked.clone() if before is None else before + picked
 
         return see_gradient
 

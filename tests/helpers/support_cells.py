@@ -51,9 +51,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_wn import GradientNoiseScaleCallback, WeightNormCallback, apply_weight_norm
 
-ONE_DEVICE = ("micro_batch", "per_example", "consecutive")
+ONE_DEVICE = ("micro_batch", "per_example", "batch_pair", "consecutive")
 TWO_RANKS = ("ddp", "sharded")
-COLUMNS = ("micro_batch", "ddp", "per_example", "consecutive", "sharded")
+COLUMNS = ("micro_batch", "ddp", "per_example", "batch_pair", "consecutive", "sharded")
 """The columns of the table, in order; ``ddp`` is the probe ``micro_batch`` under DDP."""
 
 
@@ -224,13 +224,18 @@ class Run:
         for epoch in range(self.epochs if self.left_out_from is None else self.left_out_from):
             steps += [(epoch, window) for window in self._windows_of_indices()]
         steps = steps[self.skipped :]
-        if self.column != "consecutive":
+        if self.column not in ("batch_pair", "consecutive"):
             for epoch, window in steps:
                 parts = [[i] for batch in window for i in batch] if self.column == "per_example" else window
                 yield [self._sample(model, loss, epoch, part, window) for part in parts]
             return
         for (epoch, first), (next_epoch, second) in pairwise(steps):
-            if epoch == next_epoch:
+            if self.column == "batch_pair":
+                # the next micro-batch, with the parameters that the step had; a resumed run knows no step before it
+                if epoch == next_epoch or not self.resumes:
+                    other = self._sample(model, loss, epoch, second[0], second)
+                    yield [self._step_sample(model, loss, epoch, first), other]
+            elif epoch == next_epoch:
                 yield [self._step_sample(model, loss, epoch, window) for window in (first, second)]
 
     def _windows_of_indices(self) -> list[list[list[int]]]:
@@ -373,7 +378,7 @@ def _(run: Run) -> None:
 @row("several optimizers")
 def _(run: Run) -> None:
     run.model, run.losses = TwoNets, 2
-    run.fix = "use `probe='consecutive'`"
+    run.fix = "use `probe='batch_pair'`"
     run.ddp = {"find_unused_parameters": True}
 
 
@@ -408,22 +413,22 @@ def _(run: Run) -> None:
 @row("BatchNorm")
 def _(run: Run) -> None:
     run.model = Normalized
-    run.fix = "choose probe='consecutive'. `Trainer(accumulate_grad_batches=2)` or more measures any model exactly"
+    run.fix = "choose probe='batch_pair'. `Trainer(accumulate_grad_batches=2)` or more measures any model exactly"
 
 
 @row("`sync_batchnorm=True`")
 def _(run: Run) -> None:
     run.model = Normalized
     run.settings = {"sync_batchnorm": True}
-    run.fix = "use `Trainer(sync_batchnorm=False)`" if run.column == "ddp" else "choose probe='consecutive'"
+    run.fix = "use `Trainer(sync_batchnorm=False)`" if run.column == "ddp" else "choose probe='batch_pair'"
 
 
-@row("`nn.SyncBatchNorm` in the model", never=["micro_batch", "consecutive"])
+@row("`nn.SyncBatchNorm` in the model", never=["micro_batch", "batch_pair", "consecutive"])
 def _(run: Run) -> None:
     run.model = OwnSyncBatchNorm
     run.fix = "use `Trainer(sync_batchnorm=False)` with BatchNorm"
     if run.column == "per_example":
-        run.fix = "choose probe='consecutive'"
+        run.fix = "choose probe='batch_pair'"
 
 
 @row("activation checkpointing")
@@ -498,7 +503,7 @@ def _(run: Run) -> None:
 
 @row("`limit_train_batches`")
 def _(run: Run) -> None:
-    run.limit = {"micro_batch": 4, "consecutive": 4}.get(run.column, 2)
+    run.limit = {"micro_batch": 4, "batch_pair": 4, "consecutive": 4}.get(run.column, 2)
 
 
 @row("masked tokens, counted by `batch_size_fn`")

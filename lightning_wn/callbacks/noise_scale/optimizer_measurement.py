@@ -195,6 +195,7 @@ class OptimizerMeasurement:
         """Close the micro-batch's gradient sample."""
         if not self.measuring or self._batch is None:
             return
+        self.probe.end_backward()
         # Lightning divides the loss by this factor, even in a window that ends early
         weight = 1.0 / trainer.accumulate_grad_batches
         if self._manual:
