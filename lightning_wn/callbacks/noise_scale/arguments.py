@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 from lightning_wn.arguments import is_between, is_whole
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE
-from lightning_wn.callbacks.noise_scale.optimizer_measurement import PRECONDITIONED
+from lightning_wn.callbacks.noise_scale.optimizer_measurement import PRECONDITIONED, LossMeanOver
 from lightning_wn.module_selectors import as_selectors
 from lightning_wn.noise_scale.metric import check_ema_decay
 from lightning_wn.probes.choice import PROBES
@@ -46,6 +46,16 @@ def check_choice(layers: Any, groups: Any, curvature_every_n_steps: object) -> N
             )
         as_selectors(f"groups[{name!r}]", selection)
     _check_steps("curvature_every_n_steps", curvature_every_n_steps, "1000 adds about 1 % to training time")
+
+
+def check_loss_mean_over(loss_mean_over: object) -> None:
+    """Raise ValueError for anything but what a loss may be divided by."""
+    known = get_args(LossMeanOver)
+    if loss_mean_over not in known:
+        raise ValueError(
+            f"`loss_mean_over` must be one of {list(known)}, got {loss_mean_over!r}; 'micro_batch' is a mean over each "
+            "micro-batch, 'window' a sum over the micro-batch divided by the count of the whole window."
+        )
 
 
 def _check_steps(name: str, value: object, hint: str) -> None:
