@@ -83,6 +83,8 @@ def gradient_samples(
         grad_sq_norm=_squared(totals, like) / count**2,
         examples=sizes[0],
         micro_batches=1,
+        counted=sum(sizes),
+        parts=count,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_wn.noise_scale.statistics import PairMoments
+from lightning_wn.noise_scale.statistics import Moments
 from lightning_wn.text import format_count
 
 # with two measurements the spread is known to one degree of freedom only: no interval is honest
@@ -54,25 +54,29 @@ class NoiseScaleEstimate:
     probe: str
     confidence: float
     approximate: bool = False
+    repeated: bool = False
 
     @classmethod
     def from_moments(
-        cls, moments: PairMoments, *, batch_size: float, confidence: float, **known: Any
+        cls, moments: Moments, *, batch_size: float, confidence: float, repeated: bool = False, **known: Any
     ) -> NoiseScaleEstimate:
         """Build the estimate from the smoothed measurements; ``known`` are further attributes."""
         num_measurements = int(moments.count)
         enough = num_measurements >= MIN_MEASUREMENTS_FOR_INTERVAL
-        lower, upper = moments.interval(confidence) if enough else (0.0, math.inf)
+        repeated = num_measurements > 1 and (repeated or moments.is_repeated)
+        lower, upper = moments.interval(confidence) if enough and not repeated else (0.0, math.inf)
         noise_scale = moments.noise_scale()
+        grad_sq_norm, cov_trace = moments.pair() if num_measurements else (math.nan, math.nan)
         return cls(
-            grad_sq_norm=moments.mean_x if num_measurements else math.nan,
-            cov_trace=moments.mean_y if num_measurements else math.nan,
+            grad_sq_norm=grad_sq_norm,
+            cov_trace=cov_trace,
             noise_scale=noise_scale,
             lower=lower,
             upper=math.inf if math.isinf(noise_scale) else upper,
             batch_size=batch_size if num_measurements else math.nan,
             num_measurements=num_measurements,
             confidence=confidence,
+            repeated=repeated,
             **known,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,27 @@ from torchmetrics import Metric
 
 from lightning_wn.arguments import check_confidence
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.samples import ROW_SIZE, GradientSamples, Rejection, measurement_from_row
+from lightning_wn.noise_scale.parts import PartMoments
+from lightning_wn.noise_scale.samples import (
+    COLUMNS_OF_SET,
+    ROW_SIZE,
+    GradientSamples,
+    Measurement,
+    Rejection,
+    measurement_from_row,
+)
 from lightning_wn.noise_scale.statistics import PairMoments
 
-_NUM_MOMENTS = len(PairMoments().to_list())
-# columns of the counts: the last full step's examples, micro-batches and ranks; rejected steps by reason
-_EXAMPLES, _MICRO_BATCHES, _RANKS, _REJECTED = range(4)
+EXAMPLES = "examples"
+"""The unit that is independent of the others; every other one is a part of an example."""
+
+# columns of the counts: the last full step's examples, micro-batches and ranks; whether steps repeat their examples;
+# sums of examples and micro-batches over full steps, in weights like those of the moments; steps that tell how their
+# samples are weighted, sum and sum of squares of what they tell, and whether it was by sizes; rejected steps by reason
+_EXAMPLES, _MICRO_BATCHES, _RANKS, _REPEATS, _SUM_EXAMPLES, _SUM_MICRO_BATCHES = range(6)
+_TRENDS, _SUM_TREND, _SUM_TREND_2, _BY_SIZES, _REJECTED = range(6, 11)
+# so many steps have to tell, so many standard errors from zero, and more than rounding
+_LEAST_TRENDS, _SURE, _LEAST_TREND = 4, 4.0, 1e-3
 
 
 def _same_on_all_ranks(stacked: Tensor) -> Tensor:
@@ -56,7 +72,8 @@ class GradientNoiseScale(Metric):
     Args:
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean.
         confidence: Level of the interval, in (0, 1).
-        unit: What ``sample_sizes`` count.
+        unit: What ``sample_sizes`` count. Only ``"examples"`` are independent of each other. Any other unit is a part
+            of an example: then only different samples are, and the noise scale comes from pairs of them.
         groups: Names of the sets of parameters that are measured beside all of them.
         checksum_tolerance: Largest relative difference of checksums, where the samples carry them.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
@@ -78,7 +95,6 @@ class GradientNoiseScale(Metric):
 
     moments: Tensor
     counts: Tensor
-    pending: Tensor
 
     def __init__(
         self,
@@ -99,12 +115,13 @@ class GradientNoiseScale(Metric):
         self.groups = tuple(groups)
         self.checksum_tolerance = checksum_tolerance
         # on every rank alike after each synchronisation; shape (1 + groups, moments)
-        zeros = torch.zeros(1 + len(self.groups), _NUM_MOMENTS, dtype=torch.float64)
+        columns = len(self._empty_moments.to_list())
+        zeros = torch.zeros(1 + len(self.groups), columns, dtype=torch.float64)
         self.add_state("moments", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
         zeros = torch.zeros(_REJECTED + len(Rejection), dtype=torch.float64)
         self.add_state("counts", zeros, dist_reduce_fx=_same_on_all_ranks, persistent=True)
         # this rank's rows since then, shape (steps, columns of a row)
-        zeros = torch.zeros(0, ROW_SIZE + 2 * len(self.groups), dtype=torch.float64)
+        zeros = torch.zeros(0, ROW_SIZE + COLUMNS_OF_SET * len(self.groups), dtype=torch.float64)
         self.add_state("pending", zeros, dist_reduce_fx="sum")
 
     def update(
@@ -145,9 +162,21 @@ class GradientNoiseScale(Metric):
 
     def add_samples(self, samples: GradientSamples) -> None:
         """Add one optimizer step as a probe gives it, checksums included."""
-        row = samples.to_row().unsqueeze(0)
-        self.pending = torch.cat((self.pending, row)) if len(self.pending) else row
+        self._new_rows.append(samples.to_row())
         self._computed = None
+
+    @property
+    def pending(self) -> Tensor:
+        """Rows that wait to be folded, shape (steps, columns of a row); they are put together when somebody asks."""
+        if self._new_rows:
+            rows = torch.stack(self._new_rows)
+            self.pending = torch.cat((self._pending, rows)) if len(self._pending) else rows
+        return self._pending
+
+    @pending.setter
+    def pending(self, rows: Tensor) -> None:
+        self._pending = rows
+        self._new_rows: list[Tensor] = []
 
     def compute(self) -> dict[str, Tensor]:
         """Return the smoothed statistics; across ranks it communicates, as every metric does.
@@ -184,7 +213,7 @@ class GradientNoiseScale(Metric):
     def estimate(
         self, group: str | None = None, *, probe: str = "", coverage: float = 1.0, approximate: bool = False
     ) -> NoiseScaleEstimate:
-        """Return the estimate as of the last :meth:`synchronize` or (on one rank) :meth:`compute`.
+        """Return the estimate of all updates; on several ranks as of the last :meth:`synchronize`.
 
         Never communicates.
 
@@ -199,18 +228,25 @@ class GradientNoiseScale(Metric):
         """
         if group is not None and group not in self.groups:
             raise ValueError(f"`group` must be None or one of {list(self.groups)}, got {group!r}; None is the total.")
+        self._fold_alone()
         moments = self.moments[0 if group is None else 1 + self.groups.index(group)]
         return self._estimate_from(moments, self.counts, probe=probe, coverage=coverage, approximate=approximate)
 
     @property
     def num_measurements(self) -> int:
-        """Optimizer steps that were measured and used, as of the last synchronisation."""
-        return int(PairMoments.from_list(self.moments[0].tolist()).count)
+        """Optimizer steps that were measured and used; on several ranks as of the last synchronisation."""
+        self._fold_alone()
+        return int(self._moments_from(self.moments[0]).count)
 
     @property
     def rejected(self) -> dict[Rejection, int]:
         """Optimizer steps that were measured but left out, by reason, as of the last synchronisation."""
         return {reason: int(self.counts[_REJECTED + reason]) for reason in Rejection}
+
+    @property
+    def weights_follow_sizes(self) -> bool:
+        """Whether samples of guessed weights were found to be weighted by what they count."""
+        return bool(self.counts[_BY_SIZES])
 
     @property
     def micro_batches_and_ranks(self) -> tuple[int, int]:
@@ -219,33 +255,75 @@ class GradientNoiseScale(Metric):
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Moments and counts after the buffered rows; the buffer must hold the sum over ranks."""
-        moments = [PairMoments.from_list(values) for values in self.moments.tolist()]
+        moments = [self._moments_from(values) for values in self.moments]
         counts = self.counts.tolist()
         for row in self.pending.tolist():
-            result = measurement_from_row(row, self.checksum_tolerance)
+            result = self._measured(row, counts)
             if isinstance(result, Rejection):
                 counts[_REJECTED + result] += 1
                 continue
-            for index, pair in enumerate(result.pairs):
-                if pair is not None:
-                    moments[index] = moments[index].updated(*pair, self.ema_decay)
+            if result.trend and not counts[_BY_SIZES]:
+                for column, value in ((_TRENDS, 1.0), (_SUM_TREND, result.trend), (_SUM_TREND_2, result.trend**2)):
+                    counts[column] += value
+                if _rises(*counts[_TRENDS:_BY_SIZES]):
+                    # what was measured under the other guess does not mix with it
+                    counts[_BY_SIZES] = 1.0
+                    moments = [self._empty_moments for _ in moments]
+                    result = self._measured(row, counts)
+                    assert isinstance(result, Measurement)
+            moments = [self._updated(of_set, result, index) for index, of_set in enumerate(moments)]
+            counts[_REPEATS] = result.repeats
             # short windows do not tell the batch size in use
             if result.full or not counts[_EXAMPLES]:
-                counts[_EXAMPLES:_REJECTED] = result.examples, result.micro_batches, result.ranks
+                counts[_EXAMPLES : _RANKS + 1] = result.examples, result.micro_batches, result.ranks
+            if result.full:
+                for column, value in ((_SUM_EXAMPLES, result.examples), (_SUM_MICRO_BATCHES, result.micro_batches)):
+                    counts[column] = self.ema_decay * counts[column] + value
         return self.moments.new_tensor([m.to_list() for m in moments]), self.counts.new_tensor(counts)
 
     def _estimate_from(
         self, moments: Tensor, counts: Tensor, *, probe: str = "", coverage: float = 1.0, **known: Any
     ) -> NoiseScaleEstimate:
+        batch_size = float(counts[_EXAMPLES])
+        if self.unit != EXAMPLES and counts[_SUM_MICRO_BATCHES]:
+            # parts differ from step to step; what the present number of micro-batches holds on average is in use
+            batch_size = float(counts[_MICRO_BATCHES] * counts[_SUM_EXAMPLES] / counts[_SUM_MICRO_BATCHES])
         return NoiseScaleEstimate.from_moments(
-            PairMoments.from_list(moments.tolist()),
-            batch_size=float(counts[_EXAMPLES]),
+            self._moments_from(moments),
+            batch_size=batch_size,
+            repeated=bool(counts[_REPEATS]),
             confidence=self.confidence,
             unit=self.unit,
             probe=probe,
             coverage=coverage,
             **known,
         )
+
+    @property
+    def _empty_moments(self) -> PairMoments | PartMoments:
+        return PairMoments() if self.unit == EXAMPLES else PartMoments()
+
+    def _moments_from(self, values: Tensor) -> PairMoments | PartMoments:
+        return self._empty_moments.from_list(values.tolist())
+
+    def _measured(self, row: Sequence[float], counts: Sequence[float]) -> Measurement | Rejection:
+        parts, by_sizes = self.unit != EXAMPLES, bool(counts[_BY_SIZES])
+        return measurement_from_row(row, self.checksum_tolerance, parts=parts, by_sizes=by_sizes)
+
+    def _updated(
+        self, moments: PairMoments | PartMoments, measured: Measurement, index: int
+    ) -> PairMoments | PartMoments:
+        """Return the moments of one set of parameters after a measurement; it may have no norms of that set."""
+        if isinstance(moments, PartMoments):
+            step = measured.part_measurements[index]
+            return moments if step is None else moments.updated(step, self.ema_decay)
+        pair = measured.pairs[index]
+        return moments if pair is None else moments.updated(*pair, self.ema_decay)
+
+    def _fold_alone(self) -> None:
+        """Fold what waits where no other rank has a part in it."""
+        if _world_size() == 1:
+            self.synchronize(across_ranks=False)
 
     def fold_pending(self, summed: Tensor) -> None:
         """Fold rows into the moving averages that are already summed over the ranks; buffered ones are dropped."""
@@ -290,6 +368,15 @@ def synchronize_together(metrics: Sequence[GradientNoiseScale], *, across_ranks:
         rows = [part.reshape(pending.shape) for part, pending in zip(parts, rows, strict=True)]
     for metric, summed in zip(waiting, rows, strict=True):
         metric.fold_pending(summed)
+
+
+def _rises(count: float, total: float, squares: float) -> bool:
+    """Whether the mean of so many numbers, of this sum and sum of squares, is positive beyond doubt."""
+    if count < _LEAST_TRENDS or total <= count * _LEAST_TREND:
+        return False
+    mean = total / count
+    variance = max(squares / count - mean * mean, 0.0) * count / (count - 1.0)
+    return mean > _SURE * math.sqrt(variance / count)
 
 
 def check_ema_decay(ema_decay: float) -> None:

@@ -9,10 +9,18 @@ B_simple = tr(Σ) / |G|².
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from statistics import NormalDist
+
+# n_eff of a fully decayed mean is 1 up to rounding: one measurement says nothing of its spread
+_LEAST_FREEDOM = 1e-6
+# of an alarm that is looked for at every log step of many runs
+_BEYOND_DOUBT = 0.9999
+# relative spread: measurements of other examples differ by a percent and more, of the same ones by rounding
+_SAME = 1e-4
 
 
 def solve_noise_scale(
@@ -46,13 +54,91 @@ def solve_noise_scale(
     return grad_sq_norm - cov_trace * grad_inverse_size, cov_trace
 
 
-@dataclass(frozen=True)
-class PairMoments:
-    """Exponentially weighted moments of the measurements (x, y) = (|G|², tr Σ).
+class Moments(ABC):
+    """Exponentially weighted moments of measurements that give |G|² and tr Σ, in whatever way.
 
     Measurement i of T carries the weight ``decay ** (T - i)``: with ``decay < 1`` the mean is the
     bias-corrected exponential moving average, with ``decay == 1`` the plain mean. Second moments are
     central and updated in Welford's way, so that nothing cancels.
+
+    Attributes:
+        weight: Σ weights.
+        squared_weight: Σ weights².
+        count: Measurements so far, however much they have decayed.
+    """
+
+    weight: float
+    squared_weight: float
+    count: float
+
+    @abstractmethod
+    def pair(self) -> tuple[float, float]:
+        """Return the smoothed |G|² and tr Σ."""
+
+    @abstractmethod
+    def covariance_of_means(self) -> tuple[float, float, float]:
+        """Return the unbiased (var(x), cov(x, y), var(y)) of :meth:`pair`; needs n_eff > 1."""
+
+    @abstractmethod
+    def to_list(self) -> list[float]:
+        """Return the moments as plain numbers."""
+
+    @property
+    def effective_size(self) -> float:
+        """n_eff = (Σw)² / Σw², the number of equally weighted measurements worth as much; 0 if empty."""
+        return self.weight * self.weight / self.squared_weight if self.weight else 0.0
+
+    def scale_of_covariance(self) -> float:
+        """Return what makes the unbiased covariance of means of weighted sums of products of deviations."""
+        freedom = self.weight - self.squared_weight / self.weight
+        return 1.0 / (freedom * self.effective_size)
+
+    def noise_scale(self) -> float:
+        """B_simple = tr(Σ)/|G|²: NaN when empty, infinite (never negative) when |G|² is not positive."""
+        if not self.weight:
+            return math.nan
+        x, y = self.pair()
+        return max(y / x, 0.0) if x > 0.0 else math.inf
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Return Fieller's interval for the noise scale; see :func:`fieller_interval`.
+
+        From 0 to infinity where the spread is not known, and where no noise scale fits.
+        """
+        lower, upper = self._fieller(confidence)
+        return (lower, upper) if math.isfinite(lower) else (0.0, math.inf)
+
+    @property
+    def is_impossible(self) -> bool:
+        """Whether |G|² or tr Σ is negative beyond doubt, which no independent samples of one gradient give."""
+        return math.isinf(self._fieller(_BEYOND_DOUBT)[0])
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether all measurements are the same, as of the same examples at the same weights."""
+        if self.count < 2.0 or self._freedom < _LEAST_FREEDOM:
+            return False
+        x, y = self.pair()
+        var_x, _, var_y = self.covariance_of_means()
+        spread = math.sqrt(self.effective_size) / _SAME
+        return math.sqrt(var_x) * spread <= abs(x) and math.sqrt(var_y) * spread <= abs(y)
+
+    @property
+    def _freedom(self) -> float:
+        return self.effective_size - 1.0
+
+    def _fieller(self, confidence: float) -> tuple[float, float]:
+        quantile = math.inf if self._freedom < _LEAST_FREEDOM else student_t_quantile(confidence, self._freedom)
+        if math.isinf(quantile):
+            return 0.0, math.inf
+        x, y = self.pair()
+        var_x, cov_xy, var_y = self.covariance_of_means()
+        return fieller_interval(x, y, var_x=var_x, cov_xy=cov_xy, var_y=var_y, quantile=quantile)
+
+
+@dataclass(frozen=True)
+class PairMoments(Moments):
+    """Exponentially weighted moments of the measurements (x, y) = (|G|², tr Σ).
 
     Attributes:
         weight: Σ weights.
@@ -90,32 +176,14 @@ class PairMoments:
             count=self.count + 1.0,
         )
 
-    @property
-    def effective_size(self) -> float:
-        """n_eff = (Σw)² / Σw², the number of equally weighted measurements worth as much; 0 if empty."""
-        return self.weight * self.weight / self.squared_weight if self.weight else 0.0
+    def pair(self) -> tuple[float, float]:
+        """Return the smoothed |G|² and tr Σ."""
+        return self.mean_x, self.mean_y
 
     def covariance_of_means(self) -> tuple[float, float, float]:
         """Return the unbiased (var(mean_x), cov(mean_x, mean_y), var(mean_y)); needs n_eff > 1."""
-        freedom = self.weight - self.squared_weight / self.weight
-        scale = 1.0 / (freedom * self.effective_size)
+        scale = self.scale_of_covariance()
         return self.sxx * scale, self.sxy * scale, self.syy * scale
-
-    def noise_scale(self) -> float:
-        """B_simple = tr(Σ)/|G|²: NaN when empty, infinite (never negative) when |G|² is not positive."""
-        if not self.weight:
-            return math.nan
-        return max(self.mean_y / self.mean_x, 0.0) if self.mean_x > 0.0 else math.inf
-
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Return Fieller's interval for the noise scale; see :func:`fieller_interval`."""
-        freedom = self.effective_size - 1.0
-        # n_eff of a fully decayed mean is 1 up to rounding: one measurement says nothing of its spread
-        quantile = math.inf if freedom < 1e-6 else student_t_quantile(confidence, freedom)
-        if math.isinf(quantile):
-            return 0.0, math.inf
-        var_x, cov_xy, var_y = self.covariance_of_means()
-        return fieller_interval(self.mean_x, self.mean_y, var_x=var_x, cov_xy=cov_xy, var_y=var_y, quantile=quantile)
 
     def to_list(self) -> list[float]:
         """Return the moments as plain numbers, in the order of the fields."""

@@ -53,6 +53,9 @@ class Probe:
     batch_dims: Mapping[str, int | Literal["folded"]] = {}
     """Where modules have the batch in another dimension than the first; see :class:`~.per_example.PerExampleNorms`."""
 
+    loss_is_sum: bool = False
+    """Whether losses are sums over what is counted; only who reads nothing but the optimizer's gradient needs it."""
+
     coverage: float = 1.0
     """Measured share of the elements of the parameters that it was given."""
     reduces_in_low_precision: bool = False
@@ -114,7 +117,7 @@ def same_parameters(new: Sequence[nn.Parameter], old: Sequence[nn.Parameter]) ->
     return len(new) == len(old) and all(map(operator.is_, new, old))
 
 
-def mean_scale(weight: float, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def mean_scale(weight: float | Tensor, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return what makes the weighted mean of the samples of ``Parameter.grad``, whose weights add up to ``weight``.
 
     Args:
@@ -123,7 +126,7 @@ def mean_scale(weight: float, grad_scale: Tensor | None, dtype: torch.dtype) -> 
         dtype: Of the result.
     """
     factor = 1.0 / weight
-    return torch.tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
+    return torch.as_tensor(factor, dtype=dtype) if grad_scale is None else factor / grad_scale.to(dtype)
 
 
 def sample_sizes(sizes: Sequence[float | Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[float] | Tensor:

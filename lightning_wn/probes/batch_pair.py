@@ -58,7 +58,7 @@ class BatchPairProbe(Probe):
         self._edits = EditWatch(())
         self._batch_idx = 0
         self._size: float | Tensor = 0.0
-        self._weight = 0.0
+        self._weight: float | Tensor = 0.0
         self._loss_scale: Tensor | None = None
         self._micro_batches = 0
         self._pending: _Pending | None = None
@@ -126,7 +126,7 @@ class BatchPairProbe(Probe):
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Note what the gradient is a mean over, and what it was multiplied with."""
         self._size = self._size + size
-        self._weight += weight
+        self._weight = self._weight + (size * weight if self.loss_is_sum else weight)
         self._loss_scale = loss_scale
         self._micro_batches += 1
 
@@ -134,7 +134,7 @@ class BatchPairProbe(Probe):
         """Keep the optimizer's gradient, and a copy of the model as it is now, until the next batch comes."""
         self._edits.detach()
         # an optimizer that steps several times on a batch: the first pair is still to come
-        if not self._weight or self._pending is not None:
+        if not self._micro_batches or self._pending is not None:
             return None
         model = self._model
         assert model is not None
@@ -185,6 +185,7 @@ class BatchPairProbe(Probe):
             batch_idx=self._batch_idx,
             optimizer=self.optimizer,
             step_of_batch=self.step_of_batch,
+            loss_is_sum=self.loss_is_sum,
         )
 
     def _try(self, call: Callable[[], _Result]) -> _Result | None:
@@ -227,6 +228,7 @@ class _Pending:
     batch_idx: int
     optimizer: Optimizer | None
     step_of_batch: int
+    loss_is_sum: bool
     tries: int = field(default=0)
 
     def with_batch(self, batch: Any, size: float | Tensor) -> GradientSamples | None:
@@ -240,7 +242,7 @@ class _Pending:
             return None
         others, loss_scale = found
         dtype = summing_dtype(measured.device)
-        other_scale = mean_scale(1.0, loss_scale, dtype)
+        other_scale = mean_scale(size if self.loss_is_sum else 1.0, loss_scale, dtype)
         sq_norms = torch.stack(
             (measured.sq_norms_of(self.gradients, self.scale), measured.sq_norms_of(others, other_scale))
         )
@@ -254,6 +256,8 @@ class _Pending:
             weights=(1.0, 1.0),
             grad_sq_norm=measured.sq_norms_of(total, torch.tensor(0.5, dtype=dtype)),
             examples=self.size,
+            counted=self.size + size,
+            parts=self.micro_batches + 1,
             micro_batches=self.micro_batches,
             full=self.full,
         )

@@ -42,7 +42,7 @@ class ConsecutiveProbe(Probe):
         self._measured = MeasuredParameters(())
         self._step = -1
         self._size: float | Tensor = 0.0
-        self._weight = 0.0
+        self._weight: float | Tensor = 0.0
         self._loss_scale: Tensor | None = None
         self._micro_batches = 0
         self._edits = EditWatch(())
@@ -86,14 +86,14 @@ class ConsecutiveProbe(Probe):
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Add the examples of one micro-batch."""
         self._size = self._size + size
-        self._weight += weight
+        self._weight = self._weight + (size * weight if self.loss_is_sum else weight)
         self._loss_scale = loss_scale
         self._micro_batches += 1
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
         self._edits.detach()
-        if not self._weight:
+        if not self._micro_batches:
             return None
         measured, dtype = self._measured, summing_dtype(self._measured.device)
         scale = mean_scale(self._weight, grad_scale, dtype)
@@ -123,6 +123,8 @@ class ConsecutiveProbe(Probe):
                 grad_sq_norm=measured.sq_norms_of(last.gradients, torch.tensor(0.5, dtype=dtype)),
                 examples=self._size,
                 micro_batches=self._micro_batches,
+                counted=last.size + self._size,
+                parts=2 * self._micro_batches,
                 full=full,
             )
             samples = with_deviation(samples, torch.maximum(deviation, last.deviation))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from lightning_wn.arguments import is_between, is_whole
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE
-from lightning_wn.callbacks.noise_scale.optimizer_measurement import PRECONDITIONED
+from lightning_wn.callbacks.noise_scale.optimizer_measurement import PRECONDITIONED, LossMeanOver
 from lightning_wn.module_selectors import as_selectors
 from lightning_wn.noise_scale.metric import check_ema_decay
 from lightning_wn.probes.choice import PROBES
@@ -57,6 +57,16 @@ def check_batch_dims(batch_dims: Mapping[str, object] | None) -> None:
                 f"`batch_dims[{name!r}]` must be a dimension, 0 or more, or 'folded', got {dim!r}; 1 is that of a "
                 "sequence-first batch."
             )
+
+
+def check_loss_mean_over(loss_mean_over: object) -> None:
+    """Raise ValueError for anything but what a loss may be divided by."""
+    known = get_args(LossMeanOver)
+    if loss_mean_over not in known:
+        raise ValueError(
+            f"`loss_mean_over` must be one of {list(known)}, got {loss_mean_over!r}; 'micro_batch' is a mean over each "
+            "micro-batch, 'window' a sum over the micro-batch divided by the count of the whole window."
+        )
 
 
 def _check_steps(name: str, value: object, hint: str) -> None:

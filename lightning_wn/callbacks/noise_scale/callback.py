@@ -18,6 +18,7 @@ from lightning_wn.callbacks.noise_scale.arguments import (
     check_batch_dims,
     check_cadence,
     check_choice,
+    check_loss_mean_over,
 )
 from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
@@ -79,7 +80,13 @@ class GradientNoiseScaleCallback(Callback):
         confidence: Level of the interval, in (0, 1).
         batch_size_fn: From a batch to the number of examples (or tokens) that the loss is a mean over. By
             default the common first dimension of the batch's tensors. A tensor result stays on its device.
-        unit: The name of what is counted.
+        unit: The name of what is counted. Any other than ``"examples"`` is a part of an example (tokens, nodes,
+            frames): then only different gradient samples are taken to be independent, not what they count.
+        loss_mean_over: What the loss is divided by. ``"micro_batch"``: the count of its micro-batch, as of a mean.
+            ``"window"``: the count of the accumulation window on all ranks, as transformers' ``num_items_in_batch``
+            is, after multiplying by the accumulation factor and the ranks, by which Lightning and DDP divide.
+            ``"sum"``: nothing. ``"auto"`` is ``"micro_batch"``, unless ``unit`` is a part of an example and the
+            gradients grow with their counts, as under ``"window"``.
         prefix: Start of the logged keys; two instances in one Trainer need different ones.
         batch_dims: For ``per_example``, where modules (by name or glob) have the batch in another dimension than the
             first, such as ``{"encoder.*": 1}`` for a sequence-first encoder; ``"folded"`` where the first dimension is
@@ -121,6 +128,7 @@ class GradientNoiseScaleCallback(Callback):
         confidence: float = 0.95,
         batch_size_fn: BatchSizeFn | None = None,
         unit: str = "examples",
+        loss_mean_over: Literal["auto", "micro_batch", "window", "sum"] = "auto",
         prefix: str = "gns",
         batch_dims: dict[str, int | Literal["folded"]] | None = None,
         layers: Sequence[ModuleSelector] | ModuleSelector | None = None,
@@ -134,6 +142,7 @@ class GradientNoiseScaleCallback(Callback):
         check_choice(layers, groups, curvature_every_n_steps)
         check_batch_dims(batch_dims)
         check_confidence(confidence)
+        check_loss_mean_over(loss_mean_over)
         self.probe = probe
         self.every_n_steps = every_n_steps
         self.ema_decay = ema_decay
@@ -141,6 +150,7 @@ class GradientNoiseScaleCallback(Callback):
         self.confidence = confidence
         self.batch_size_fn = batch_size_fn
         self.unit = unit
+        self.loss_mean_over = loss_mean_over
         self.prefix = prefix
         self.batch_dims = batch_dims
         self.layers = layers
@@ -164,6 +174,7 @@ class GradientNoiseScaleCallback(Callback):
             probe=self.probe,
             every_n_steps=self.every_n_steps,
             curvature_every_n_steps=self.curvature_every_n_steps,
+            loss_mean_over=self.loss_mean_over,
             metric_settings={"ema_decay": self.ema_decay, "confidence": self.confidence, "unit": self.unit},
         )
         self._probe_choice = ProbeChoice(

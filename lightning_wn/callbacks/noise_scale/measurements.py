@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
-from lightning_wn.callbacks.noise_scale.optimizer_measurement import OptimizerMeasurement, ParameterChoice
+from lightning_wn.callbacks.noise_scale.optimizer_measurement import LossMeanOver, OptimizerMeasurement, ParameterChoice
 from lightning_wn.callbacks.noise_scale.summary import WARNINGS
 from lightning_wn.callbacks.worker_results import WorkerResults
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
@@ -35,6 +35,7 @@ class Measurements:
         probe: Name of the probe, as far as it is known; "auto" for one that a Trainer decides.
         every_n_steps: One in so many optimizer steps is measured; None takes the probe's own number.
         curvature_every_n_steps: The same for the curvature; None does not measure it.
+        loss_mean_over: What the losses are divided by.
         metric_settings: Arguments of each :class:`~lightning_wn.GradientNoiseScale`.
     """
 
@@ -46,11 +47,13 @@ class Measurements:
         probe: str = "auto",
         every_n_steps: int | None = None,
         curvature_every_n_steps: int | None = None,
+        loss_mean_over: LossMeanOver = "auto",
         metric_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.choice = choice
         self.probe = MicroBatchProbe.name if probe == "auto" else probe
         self.every_n_steps = None if every_n_steps is None else int(every_n_steps)  # no numpy in checkpoints
+        self._loss_mean_over = loss_mean_over
         self._metric_settings = dict(metric_settings or {})
         self._worker_results = worker_results
         worker_results.collect()  # of an earlier run
@@ -221,7 +224,7 @@ class Measurements:
     def _add_up_to(self, count: int) -> None:
         while len(self) < count:
             metric = GradientNoiseScale(groups=self.choice.names, **self._metric_settings)
-            measurement = OptimizerMeasurement(self.choice, metric, PROBES[self.probe]())
+            measurement = OptimizerMeasurement(self.choice, metric, PROBES[self.probe](), self._loss_mean_over)
             measurement.every_n_steps = self.every_n_steps or measurement.every_n_steps
             if self.why_off:
                 measurement.switch_off()

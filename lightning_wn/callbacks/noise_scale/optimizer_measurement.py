@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,10 +17,13 @@ from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, find_measured
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.noise_scale.preconditioning import AdamDenominator
+from lightning_wn.noise_scale.samples import GradientSamples, Rescaled
 from lightning_wn.probes.base import Probe, same_parameters
 from lightning_wn.trainer import has_loss_scaler, loss_scale
 
 PRECONDITIONED = "preconditioned"
+LossMeanOver = Literal["auto", "micro_batch", "window", "sum"]
+"""What the losses of an optimizer step are divided by; see :class:`~lightning_wn.GradientNoiseScaleCallback`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +69,18 @@ class OptimizerMeasurement:
         choice: Which parameters to measure.
         metric: Takes the samples.
         probe: Collects them.
+        loss_mean_over: What the losses are divided by.
     """
 
-    def __init__(self, choice: ParameterChoice, metric: GradientNoiseScale, probe: Probe) -> None:
+    def __init__(
+        self,
+        choice: ParameterChoice,
+        metric: GradientNoiseScale,
+        probe: Probe,
+        loss_mean_over: LossMeanOver = "auto",
+    ) -> None:
         self.choice = choice
+        self.loss_mean_over = loss_mean_over
         self.metric = metric
         self.probe = probe
         self.every_n_steps = probe.default_every_n_steps
@@ -196,10 +207,7 @@ class OptimizerMeasurement:
         if not self.measuring or self._batch is None:
             return
         self.probe.end_backward()
-        # Lightning divides the loss by this factor, even in a window that ends early
-        weight = 1.0 / trainer.accumulate_grad_batches
         if self._manual:
-            weight = 1.0
             if not self._alone and not self._reached():
                 return
             self._marks = self._gradient_marks()
@@ -210,7 +218,7 @@ class OptimizerMeasurement:
         size = self._batch.total
         if not self.num_micro_batches:
             self._first_size = size
-        self.probe.after_backward(size, weight, loss_scale(trainer, model.device))
+        self.probe.after_backward(size, self._weight(trainer), loss_scale(trainer, model.device))
         self._last_size = size
         self.num_micro_batches += 1
 
@@ -234,15 +242,37 @@ class OptimizerMeasurement:
             complete = self._manual or self.num_micro_batches == trainer.accumulate_grad_batches
             samples = self.probe.finish(grad_scale, full=complete and not short)
             if samples is not None:
-                edited = False
-                if self._manual:
-                    # a scaler's factor has been taken out of the gradients by now
-                    edited = not has_loss_scaler(trainer) and self._was_changed()
-                    # whatever the losses were weighted with, their sum is what the optimizer follows
-                    samples = samples.scaled(self.num_micro_batches)
+                samples = self._weighted(samples, trainer)
+                # a scaler's factor has been taken out of the gradients by now
+                edited = self._manual and not has_loss_scaler(trainer) and self._was_changed()
                 samples = replace(samples, irregular=samples.irregular or self._irregular or edited)
                 self.metric.add_samples(samples)
         self._close()
+
+    def _weight(self, trainer: Trainer) -> float:
+        """Return what the gradient of a micro-batch's mean loss was multiplied with, as far as it is known by now."""
+        # Lightning divides the loss by this factor, even in a window that ends early
+        by_lightning = 1.0 if self._manual else 1.0 / trainer.accumulate_grad_batches
+        if self.loss_mean_over in ("auto", "micro_batch") or self.probe.loss_is_sum:
+            return by_lightning
+        # the whole window's gradient is a mean as it is
+        return 1.0 if self.probe.watches_backward else float(not self.num_micro_batches)
+
+    def _weighted(self, samples: GradientSamples, trainer: Trainer) -> GradientSamples:
+        """Return the step's samples with their weights in the optimizer's gradient, now that the window is complete."""
+        # the only step of an epoch has all its data, and so has the next one
+        repeats = not self._manual and trainer.num_training_batches <= self.num_micro_batches
+        guessed = self.loss_mean_over == "auto" and not self._manual and not isinstance(samples.weights, Tensor)
+        samples = replace(samples, repeats=repeats, weights_guessed=guessed and self.probe.watches_backward)
+        if self.loss_mean_over in ("auto", "micro_batch"):
+            # whatever the losses were weighted with in manual optimization, their sum is what the optimizer follows
+            return samples.scaled(self.num_micro_batches) if self._manual else samples
+        if not self.probe.watches_backward:
+            return samples
+        if self.loss_mean_over == "window":
+            return samples.weighted_by_sizes(Rescaled.SAMPLES)
+        sums = samples.weighted_by_sizes(Rescaled.MEAN)
+        return sums if self._manual else sums.scaled(trainer.accumulate_grad_batches)
 
     def _open(self, step: int, model: LightningModule) -> None:
         self._close()
@@ -250,6 +280,7 @@ class OptimizerMeasurement:
         if not self._off and self.probe.is_due(step, self.every_n_steps):
             measured = self._find_parameters(model)
             self.probe.optimizer = self._optimizer
+            self.probe.loss_is_sum = self.loss_mean_over == "sum" and not self.probe.watches_backward
             self.probe.begin(step, self.every_n_steps, model, measured)
             self.measuring = True
 
