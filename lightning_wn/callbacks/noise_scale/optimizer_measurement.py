@@ -73,6 +73,7 @@ class OptimizerMeasurement:
         self.metric = metric
         self.probe = probe
         self.every_n_steps = probe.default_every_n_steps
+        self._off = False
         self.steps = 0
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
         self._optimizer: Optimizer | None = None
@@ -133,6 +134,11 @@ class OptimizerMeasurement:
         """Leave no hook behind and forget the step."""
         self.probe.detach()
         self._close()
+
+    def switch_off(self) -> None:
+        """Measure nothing any more."""
+        self.detach()
+        self._off = True
 
     def take_probe(self, probe: Probe) -> None:
         """Go on with another probe, from the next step on."""
@@ -231,7 +237,7 @@ class OptimizerMeasurement:
     def _open(self, step: int, model: LightningModule) -> None:
         self._close()
         self._is_open = True
-        if self.probe.is_due(step, self.every_n_steps):
+        if not self._off and self.probe.is_due(step, self.every_n_steps):
             measured = self._find_parameters(model)
             self.probe.optimizer = self._optimizer
             self.probe.begin(step, self.every_n_steps, model, measured)

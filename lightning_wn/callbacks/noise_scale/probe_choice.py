@@ -7,7 +7,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
+from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.choice import PROBES, choose_probe
+from lightning_wn.probes.mixers import known_mixer
+from lightning_wn.probes.per_example import PerExampleProbe
 from lightning_wn.probes.requirements import require_dense_gradients
 from lightning_wn.trainer import first_accumulation
 
@@ -19,10 +22,19 @@ class ProbeChoice:
         wish: A probe's name or ``"auto"``.
         measurements: Get the probe, on every rank alike.
         half_life_steps: After so many optimizer steps a measurement counts half; None leaves the metrics their decay.
+        examples_are_independent: Whether the examples of a batch share no data, as far as the user knows.
     """
 
-    def __init__(self, wish: str, measurements: Measurements, *, half_life_steps: float | None = None) -> None:
+    def __init__(
+        self,
+        wish: str,
+        measurements: Measurements,
+        *,
+        half_life_steps: float | None = None,
+        examples_are_independent: bool = True,
+    ) -> None:
         self._wish = wish
+        self._independent = examples_are_independent
         self._measurements = measurements
         self._half_life_steps = half_life_steps
         self._accumulation = 1
@@ -38,7 +50,7 @@ class ProbeChoice:
         if not wrapped:
             self._accumulation = first_accumulation(trainer)
         require_dense_gradients(model)
-        name = choose_probe(self._wish, trainer, model, self._accumulation)
+        name = self._choose(trainer, model)
         self._measurements.probe = name
         for measurement in self._measurements:
             if name != measurement.probe.name:
@@ -49,6 +61,30 @@ class ProbeChoice:
                     "one shard of it on each rank; use DDP, or `preconditioned=False`."
                 )
             measurement.probe.require_readable(trainer, model, wrapped=wrapped)
+
+    def _choose(self, trainer: Trainer, model: LightningModule) -> str:
+        return choose_probe(self._wish, trainer, model, self._accumulation, independent=self._independent)
+
+    def look_for_mixers(self, trainer: Trainer, model: LightningModule) -> None:
+        """Leave ``per_example`` where a well-known transform lets the rows of a batch share data."""
+        if self._measurements.probe == PerExampleProbe.name and (mixer := known_mixer(trainer, model)):
+            self.leave_examples(f"{mixer} lets the rows of a batch share data")
+
+    def leave_examples(self, why: str) -> None:
+        """Go on without ``per_example``, whose samples are not independent in this run, and forget what it measured."""
+        self._independent = False
+        self._measurements.check.detach()
+        for measurement in self._measurements:
+            measurement.metric.reset()
+        fix = "`examples_are_independent=False` says so from the start"
+        cannot = "`GradientNoiseScaleCallback` cannot measure with the probe 'per_example'"
+        if self._wish == "auto":
+            rank_zero_warn(f"{cannot}, and 'batch_pair' takes over: {why}; {fix}.")
+            self._take(BatchPairProbe.name)
+            self._settle()
+        else:
+            rank_zero_warn(f"{cannot}, and measures nothing more: {why}; use `probe='batch_pair'`, or `probe='auto'`.")
+            self._measurements.switch_off(f"{why}; use `probe='batch_pair'`, or `probe='auto'`")
 
     def resume_from(self, probe: str, every_n_steps: int) -> None:
         """Note how the run of a checkpoint was measured."""
@@ -69,12 +105,16 @@ class ProbeChoice:
             if changed:
                 self._accumulation = factor
                 self.choose(trainer, model, wrapped=True)
+            if (self._wish, before, self._measurements.probe) == ("auto", BatchPairProbe.name, PerExampleProbe.name):
+                # the run had found that its examples share data
+                self._independent = False
+                self._take(BatchPairProbe.name)
             self._keep_what_fits(before)
             # the number belongs to the probe that it was chosen for
             self._settle(every_n_steps if before == self._measurements.probe else None)
         elif changed and batch_idx % factor == 0:
             self._accumulation = factor
-            before, now = self._measurements.probe, choose_probe(self._wish, trainer, model, factor)
+            before, now = self._measurements.probe, self._choose(trainer, model)
             if now != before:
                 self._take(now)
                 self._keep_what_fits(before)
