@@ -21,19 +21,26 @@ PROBES: dict[str, type[Probe]] = {
 
 
 def choose_probe(
-    wish: str, trainer: Trainer, pl_module: LightningModule, accumulation: int, *, unfit: Collection[str] = ()
+    wish: str,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    accumulation: int,
+    *,
+    independent: bool = True,
+    unfit: Collection[str] = (),
 ) -> str | None:
     """Return the name of the probe for this run; ``wish`` itself unless it is ``"auto"``.
 
     ``sharded`` under ModelParallelStrategy. ``micro_batch`` wherever an optimizer step has two or more micro-batches
     over all ranks. On one device without accumulation ``per_example``, or ``batch_pair`` for models that mix the
-    examples of a batch (BatchNorm) or are compiled, and for several optimizers.
+    examples of a batch (BatchNorm) or are compiled, for several optimizers, and where examples share data.
 
     Args:
         wish: A probe's name or ``"auto"``.
         trainer: The Trainer.
         pl_module: The model.
         accumulation: Micro-batches in an optimizer step of each rank.
+        independent: Whether the examples of a batch share no data.
         unfit: Probes that were found unable to read this run, which ``"auto"`` passes over.
 
     Returns:
@@ -44,22 +51,29 @@ def choose_probe(
     """
     sharded = parameter_placement(trainer.strategy) == "sharded"
     if wish == "auto":
-        return next(
-            (name for name in _candidates(trainer, pl_module, accumulation, sharded) if name not in unfit), None
-        )
+        candidates = _candidates(trainer, pl_module, accumulation, sharded=sharded, independent=independent)
+        return next((name for name in candidates if name not in unfit), None)
     if sharded != (wish == ShardedProbe.name):
         raise ValueError(
             f"`probe={wish!r}` cannot read gradients under {type(trainer.strategy).__name__}; use `probe='auto'`, "
             f"which takes {ShardedProbe.name!r} under ModelParallelStrategy and another probe elsewhere."
         )
+    if wish == PerExampleProbe.name and not independent:
+        raise ValueError(
+            "`probe='per_example'` takes the examples of a batch as independent samples, and "
+            "`examples_are_independent=False` says that they are not; use `probe='batch_pair'`, or `probe='auto'`, "
+            "which takes it."
+        )
     return wish
 
 
-def _candidates(trainer: Trainer, pl_module: LightningModule, accumulation: int, sharded: bool) -> list[str]:
+def _candidates(
+    trainer: Trainer, pl_module: LightningModule, accumulation: int, *, sharded: bool, independent: bool
+) -> list[str]:
     """List the probes that suit the run, the best first."""
     if sharded:
         return [ShardedProbe.name]
     if trainer.world_size * accumulation >= 2:
         return [MicroBatchProbe.name]
-    whole = len(trainer.optimizers) < 2 and can_have_examples(pl_module)
+    whole = independent and len(trainer.optimizers) < 2 and can_have_examples(pl_module)
     return [*([PerExampleProbe.name] if whole else []), BatchPairProbe.name, ConsecutiveProbe.name]

@@ -20,6 +20,7 @@ from lightning_wn.callbacks.noise_scale.arguments import (
     check_choice,
     check_loss_mean_over,
 )
+from lightning_wn.callbacks.noise_scale.independence_check import SHARED_ROWS
 from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import ParameterChoice
@@ -78,6 +79,8 @@ class GradientNoiseScaleCallback(Callback):
         ema_decay: Weight of the past per measurement, in [0, 1]; 1 is the plain mean of all.
         half_life_steps: The same in optimizer steps: after so many, a measurement counts half.
         confidence: Level of the interval, in (0, 1).
+        examples_are_independent: False says that examples of a batch share data, as with mixup or several crops of an
+            image: ``"auto"`` then takes ``batch_pair`` instead of ``per_example``. True is checked.
         batch_size_fn: From a batch to the number of examples (or tokens) that the loss is a mean over. By
             default the common first dimension of the batch's tensors. A tensor result stays on its device.
         unit: The name of what is counted. Any other than ``"examples"`` is a part of an example (tokens, nodes,
@@ -126,6 +129,7 @@ class GradientNoiseScaleCallback(Callback):
         ema_decay: float = DEFAULT_EMA_DECAY,
         half_life_steps: float | None = None,
         confidence: float = 0.95,
+        examples_are_independent: bool = True,
         batch_size_fn: BatchSizeFn | None = None,
         unit: str = "examples",
         loss_mean_over: Literal["auto", "micro_batch", "window", "sum"] = "auto",
@@ -148,6 +152,7 @@ class GradientNoiseScaleCallback(Callback):
         self.ema_decay = ema_decay
         self.half_life_steps = half_life_steps
         self.confidence = confidence
+        self.examples_are_independent = examples_are_independent
         self.batch_size_fn = batch_size_fn
         self.unit = unit
         self.loss_mean_over = loss_mean_over
@@ -178,7 +183,11 @@ class GradientNoiseScaleCallback(Callback):
             metric_settings={"ema_decay": self.ema_decay, "confidence": self.confidence, "unit": self.unit},
         )
         self._probe_choice = ProbeChoice(
-            self.probe, self._measurements, half_life_steps=self.half_life_steps, batch_dims=self.batch_dims
+            self.probe,
+            self._measurements,
+            half_life_steps=self.half_life_steps,
+            batch_dims=self.batch_dims,
+            examples_are_independent=self.examples_are_independent,
         )
         self._log = NoiseScaleLog(self.prefix, self._measurements, self._watch)
 
@@ -300,6 +309,7 @@ class GradientNoiseScaleCallback(Callback):
         self._watch.start(trainer, pl_module)
         self._measurements.keep(len(trainer.optimizers))
         self._probe_choice.start()
+        self._probe_choice.look_for_mixers(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where Lightning zeroes the gradients, and count the micro-batch."""
@@ -309,35 +319,34 @@ class GradientNoiseScaleCallback(Callback):
         if self._measurements.curvature is not None:
             # before the probe watches the forward pass: the copy of the model has its hooks, too
             self._measurements.curvature.see_batch(trainer, pl_module, batch, batch_idx, self.batch_size_fn)
-        for measurement in self._measurements:
+        followed = self._measurements.followed
+        for measurement in followed:
             measurement.start_batch(trainer, pl_module, batch_idx)
-        measuring = any(measurement.measuring or measurement.waits_for_batch for measurement in self._measurements)
+        measuring = any(measurement.measuring or measurement.waits_for_batch for measurement in followed)
         self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
             count = self._count(trainer, batch)
-            for measurement in self._measurements:
+            for measurement in followed:
                 measurement.see_batch(trainer, pl_module, batch, batch_idx, count)
-            for measurement in self._measurements:
+            for measurement in followed:
                 measurement.before_forward(count)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the probe record this backward pass."""
-        for measurement in self._measurements:
+        for measurement in self._measurements.followed:
             measurement.before_backward(loss, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the micro-batch's gradient sample."""
-        for measurement in self._measurements:
+        for measurement in self._measurements.followed:
             measurement.after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the optimizer's gradient, before clipping, and hand the step to the metric."""
         self._watch.before_step()
         self._stepped = True
-        for measurement, own in zip(self._measurements, trainer.optimizers, strict=False):
-            if own is optimizer:
-                measurement.before_step(trainer, pl_module)
+        self._measurements.before_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -415,3 +424,5 @@ class GradientNoiseScaleCallback(Callback):
 
     def _synchronize(self, trainer: Trainer) -> None:
         self._measurements.synchronize(across_ranks=trainer.world_size > 1)
+        if self._measurements.check.verdict():
+            self._probe_choice.leave_examples(SHARED_ROWS)

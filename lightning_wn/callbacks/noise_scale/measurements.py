@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
+from lightning_wn.callbacks.noise_scale.independence_check import IndependenceCheck
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import LossMeanOver, OptimizerMeasurement, ParameterChoice
 from lightning_wn.callbacks.noise_scale.summary import WARNINGS
 from lightning_wn.callbacks.worker_results import WorkerResults
@@ -61,6 +62,7 @@ class Measurements:
         if curvature_every_n_steps is not None:
             metric = GradientNoiseScale(**self._metric_settings)
             self.curvature = CurvatureMeasurement(curvature_every_n_steps, metric)
+        self.check = IndependenceCheck(choice)
         self.why_off = ""
         """Why nothing can be measured in this run; empty where something can."""
         self._of_optimizers: list[OptimizerMeasurement] = []
@@ -78,6 +80,11 @@ class Measurements:
     def __iter__(self) -> Iterator[OptimizerMeasurement]:
         """Go through them in the optimizers' order."""
         return iter(self._of_optimizers)
+
+    @property
+    def followed(self) -> list[OptimizerMeasurement | IndependenceCheck]:
+        """All that follows the run batch by batch."""
+        return [*self._of_optimizers, self.check]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,10 +154,20 @@ class Measurements:
         self._add_up_to(len(optimizers))
         for measurement, optimizer in zip(self, optimizers, strict=False):
             measurement.attach(optimizer, model, alone=len(optimizers) == 1)
+        if len(optimizers) == 1:
+            self.check.attach(self[0], optimizers[0], model)
 
     def keep(self, count: int) -> None:
         """Drop those of a checkpoint that had more optimizers than the run."""
         del self._of_optimizers[max(count, 1) :]
+
+    def before_step(self, trainer: Trainer, model: LightningModule, optimizer: Optimizer) -> None:
+        """Read the gradient of an optimizer, before clipping."""
+        for measurement, own in zip(self, trainer.optimizers, strict=False):
+            if own is optimizer:
+                num_rows = len(measurement.metric.pending)
+                measurement.before_step(trainer, model)
+                self.check.before_step(trainer, model, num_rows)
 
     def switch_off(self, why: str) -> None:
         """Measure no noise scale any more."""
@@ -160,6 +177,7 @@ class Measurements:
 
     def detach(self) -> None:
         """Leave no hook behind."""
+        self.check.detach()
         for measurement in self:
             measurement.detach()
         if self.curvature is not None:

@@ -11,7 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
+from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.choice import PROBES, choose_probe
+from lightning_wn.probes.mixers import known_mixer
+from lightning_wn.probes.per_example import PerExampleProbe
 from lightning_wn.probes.requirements import require_dense_gradients
 from lightning_wn.text import some
 from lightning_wn.trainer import first_accumulation
@@ -25,6 +28,7 @@ class ProbeChoice:
         measurements: Get the probe, on every rank alike.
         half_life_steps: After so many optimizer steps a measurement counts half; None leaves the metrics their decay.
         batch_dims: What the probe is told of where the batch lies.
+        examples_are_independent: Whether the examples of a batch share no data, as far as the user knows.
     """
 
     def __init__(
@@ -34,8 +38,10 @@ class ProbeChoice:
         *,
         half_life_steps: float | None = None,
         batch_dims: Mapping[str, int | Literal["folded"]] | None = None,
+        examples_are_independent: bool = True,
     ) -> None:
         self._wish = wish
+        self._independent = examples_are_independent
         self._measurements = measurements
         self._half_life_steps = half_life_steps
         self._batch_dims = batch_dims or {}
@@ -62,7 +68,7 @@ class ProbeChoice:
         while not self._measurements.why_off:
             try:
                 require_dense_gradients(model)
-                name = choose_probe(self._wish, trainer, model, self._accumulation, unfit=self._unfit)
+                name = self._choose(trainer, model)
             except ValueError as error:
                 self.give_up(error)
                 return
@@ -107,6 +113,30 @@ class ProbeChoice:
             measurement.leave_out()
         self._say_once(f"leaves out steps, and says so once: {error}")
 
+    def look_for_mixers(self, trainer: Trainer, model: LightningModule) -> None:
+        """Leave ``per_example`` where a well-known transform lets the rows of a batch share data."""
+        if self._measurements.probe == PerExampleProbe.name and (mixer := known_mixer(trainer, model)):
+            self.leave_examples(f"{mixer} lets the rows of a batch share data")
+
+    def leave_examples(self, why: str) -> None:
+        """Go on without ``per_example``, whose samples are not independent in this run, and forget what it measured."""
+        self._independent = False
+        self._measurements.check.detach()
+        if self._is_free:
+            said = f"{why}; `examples_are_independent=False` says so from the start"
+            self._pass_over(PerExampleProbe.name, said, BatchPairProbe.name)
+            self._take(BatchPairProbe.name, strict=False)
+            self._settle()
+            return
+        for measurement in self._measurements:
+            measurement.metric.reset()
+        fix = "use `probe='batch_pair'`, or `probe='auto'`"
+        rank_zero_warn(
+            "`GradientNoiseScaleCallback` cannot measure with the probe 'per_example', and measures nothing more: "
+            f"{why}; {fix}."
+        )
+        self._measurements.switch_off(f"{why}; {fix}")
+
     def resume_from(self, probe: str, every_n_steps: int) -> None:
         """Note how the run of a checkpoint was measured."""
         self._resumed = probe, every_n_steps
@@ -126,6 +156,10 @@ class ProbeChoice:
             if changed:
                 self._accumulation = factor
                 self.choose(trainer, model, wrapped=True)
+            if (self._wish, before, self._measurements.probe) == ("auto", BatchPairProbe.name, PerExampleProbe.name):
+                # the run had found that its examples share data
+                self._independent = False
+                self._take(BatchPairProbe.name, strict=False)
             self._keep_what_fits(before)
             # the number belongs to the probe that it was chosen for
             self._settle(every_n_steps if before == self._measurements.probe else None)
@@ -150,7 +184,7 @@ class ProbeChoice:
             self._say_once(f"leaves out steps, and says so once: {refusal}{fix}.")
         if not (changed or moves_on):
             return
-        now = choose_probe(self._wish, trainer, model, self._accumulation, unfit=self._unfit)
+        now = self._choose(trainer, model)
         if now is None:
             self.give_up(ValueError(refusal or list(self._unfit.values())[-1]))
         elif now != before:
@@ -159,6 +193,11 @@ class ProbeChoice:
             self._take(now, strict=False)  # training has gone on for a while: it must not stop for a measurement
             self._keep_what_fits(before)
             self._settle()
+
+    def _choose(self, trainer: Trainer, model: LightningModule) -> str | None:
+        return choose_probe(
+            self._wish, trainer, model, self._accumulation, independent=self._independent, unfit=self._unfit
+        )
 
     def _require_modules(self, model: LightningModule) -> None:
         names = [name for name, _ in model.named_modules()]
