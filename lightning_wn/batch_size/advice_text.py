@@ -32,11 +32,11 @@ def no_suggestion(estimate: NoiseScaleEstimate) -> str:
 def alarm(estimate: NoiseScaleEstimate) -> str:
     """Say what an impossible estimate means, and what it comes from."""
     return (
-        f"{estimate.what_is_negative} is negative beyond doubt, so that the gradient samples and the optimizer's gradient "
-        "do not belong together; likely causes are a loss that is not a mean over what is counted (`batch_size_fn`, "
-        "`loss_mean_over`), gradients that are edited between the backward pass and the step, samples of one step that "
-        "were chosen to differ (balanced classes, each example once where the data set has hardly more), and a data set "
-        "that is learned by heart, whose own gradient is smaller than what chance leaves of it."
+        f"{estimate.what_is_negative} is negative beyond doubt, so that the gradient samples and the optimizer's "
+        "gradient do not belong together; likely causes are a loss that is not a mean over what is counted "
+        "(`batch_size_fn`, `loss_mean_over`), gradients that are edited between the backward pass and the step, "
+        "samples of one step that were chosen to differ (balanced classes), and a data set that is learned by heart, "
+        "whose own gradient is smaller than what chance leaves of it."
     )
 
 
