@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 Batches: TypeAlias = Iterable[Any] | LightningDataModule
 """Where batches come from: a loader or whatever else gives them, or a DataModule's training loader."""
@@ -71,6 +71,19 @@ def largest_accumulation(trainer: Trainer) -> int:
         if isinstance(callback, GradientAccumulationScheduler):
             factors += callback.scheduling.values()
     return max(factors)
+
+
+def epoch_has_same_examples(trainer: Trainer, num_batches: int) -> bool:
+    """Whether every epoch has the same examples in the same so many batches or fewer, as far as can be told."""
+    if trainer.num_training_batches > num_batches:
+        return False
+    loader = trainer.train_dataloader
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, RandomSampler) and sampler.replacement:
+        return False
+    # a limit leaves out others of a shuffled loader each time; Lightning does not shuffle what it overfits
+    everything = isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0
+    return bool(trainer.overfit_batches) or everything  # type: ignore[attr-defined]  # set outside Trainer.__init__
 
 
 def has_training_step(model: nn.Module) -> bool:

@@ -224,7 +224,7 @@ fewest) and twice the fewest possible steps.
     run = run or ObservedRun()
     present = estimate.batch_size
     units_per_epoch = configuration.smallest_of(run.micro_batches_per_epoch * present)
-    if not math.isfinite(estimate.noise_scale) or not present > 0:
+    if not math.isfinite(estimate.noise_scale) or not present > 0 or estimate.impossible:
         doubts = doubts_about(estimate, run, suggested=math.nan, units_per_epoch=units_per_epoch)
         # that |G|² is not resolved is the advice itself here
         return BatchSizeAdvice(

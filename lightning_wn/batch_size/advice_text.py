@@ -22,7 +22,22 @@ def no_suggestion(estimate: NoiseScaleEstimate) -> str:
     """Say why there is nothing to suggest."""
     if not estimate.num_measurements:
         return "No advice on the batch size: the noise scale was not measured yet."
+    if estimate.impossible:
+        return f"No advice on the batch size: {alarm(estimate)}"
+    if estimate.repeated:
+        return "No advice on the batch size: |G|² is not above zero, and every step has the same examples."
     return "No advice on the batch size: |G|² is not above zero yet; measure more steps." + at_least(estimate)
+
+
+def alarm(estimate: NoiseScaleEstimate) -> str:
+    """Say what an impossible estimate means, and what it comes from."""
+    return (
+        f"{estimate.what_is_negative} is negative beyond doubt, so that the gradient samples and the optimizer's "
+        "gradient do not belong together; likely causes are a loss that is not a mean over what is counted "
+        "(`batch_size_fn`, `loss_mean_over`), gradients that are edited between the backward pass and the step, "
+        "samples of one step that were chosen to differ (balanced classes), and a data set that is learned by heart, "
+        "whose own gradient is smaller than what chance leaves of it."
+    )
 
 
 def at_least(estimate: NoiseScaleEstimate) -> str:

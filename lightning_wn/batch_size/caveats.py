@@ -14,6 +14,7 @@ _WISHED_HALF_WIDTH = 0.2
 _WARM_UP_STEPS = 100
 _WARM_UP_SHARE = 0.05
 _LARGE_SHARE_OF_EPOCH = 0.2
+_SKEWED = 1.0
 
 
 def doubts_about(
@@ -25,7 +26,12 @@ def doubts_about(
     where nobody knows.
     """
     reasons = []
-    if not estimate.is_resolved:
+    if estimate.repeated:
+        reasons.append(
+            "Every measurement was of the same examples, as where one step holds all data: what the noise scale of "
+            "others would be is not known, however often these are measured."
+        )
+    elif not estimate.is_resolved:
         reasons.append(
             "Not sure yet: |G|² cannot be told from zero, so the noise scale may be far larger; measure more."
             + at_least(estimate)
@@ -34,6 +40,12 @@ def doubts_about(
         reasons.append("That is far from where it was measured: go part of the way and measure again.")
     elif suggested != estimate.batch_size and estimate.upper > 2.0 * estimate.lower:
         reasons.append("The interval is still wide: measure more steps before a large change.")
+    if estimate.skewness > _SKEWED:
+        reasons.append(
+            "The measurements have a heavy tail: a few of them are far above the others, and rare examples with large "
+            "gradients may be missing; the interval then holds the truth less often than it says, and ends too low "
+            "(docs/statistics.md has how often)."
+        )
     if _is_warming_up(run):
         reasons.append(
             f"Training has just begun ({run.num_steps} steps): the noise scale usually grows as the loss falls."

@@ -25,14 +25,21 @@ class NoiseScaleEstimate:
         noise_scale: B_simple = tr(Σ)/|G|² in ``unit``: the predicted critical batch size. NaN before the
             first measurement, infinite (never negative) when the smoothed |G|² is not positive.
         lower: Lower end of Fieller's interval for ``noise_scale``, in ``unit``.
-        upper: Its upper end; infinite below 3 measurements and where |G|² cannot be told from zero.
-        batch_size: The batch size in use: ``unit`` in the last full optimizer step that was measured.
+        upper: Its upper end; infinite below 3 measurements and where |G|² cannot be told from zero. From 0 to infinity
+            where ``impossible`` or ``repeated``.
+        batch_size: The batch size in use: ``unit`` in the last full optimizer step that was measured; of tokens and
+            other parts of examples what a step holds on average.
         num_measurements: How many optimizer steps were measured and used.
         coverage: Measured share of the trainable parameters, 0 to 1.
         unit: What is counted: ``"examples"``, or what the callback's user named.
         probe: Where the gradient samples came from.
         confidence: Confidence level of the interval.
         approximate: Whether the probe is only approximate; its documentation says in which direction.
+        impossible: Whether |G|² or tr(Σ) is negative beyond doubt, which independent samples of the gradient that the
+            optimizer uses do not give: an alarm, no result.
+        repeated: Whether all measurements are of the same examples, and nothing is known of what others would give.
+        skewness: How skewed the measurements are, upwards where positive; above 1 heavy tails leave the interval less
+            sure than it says.
 
     Example:
         >>> print(NoiseScaleEstimate(
@@ -54,7 +61,9 @@ class NoiseScaleEstimate:
     probe: str
     confidence: float
     approximate: bool = False
+    impossible: bool = False
     repeated: bool = False
+    skewness: float = 0.0
 
     @classmethod
     def from_moments(
@@ -67,6 +76,8 @@ class NoiseScaleEstimate:
         lower, upper = moments.interval(confidence) if enough and not repeated else (0.0, math.inf)
         noise_scale = moments.noise_scale()
         grad_sq_norm, cov_trace = moments.pair() if num_measurements else (math.nan, math.nan)
+        # GᵀHG may well be negative; of approximate samples nothing is beyond doubt
+        exact = not known.get("approximate", False) and known.get("probe") != "curvature"
         return cls(
             grad_sq_norm=grad_sq_norm,
             cov_trace=cov_trace,
@@ -76,7 +87,9 @@ class NoiseScaleEstimate:
             batch_size=batch_size if num_measurements else math.nan,
             num_measurements=num_measurements,
             confidence=confidence,
+            impossible=exact and enough and not repeated and moments.is_impossible,
             repeated=repeated,
+            skewness=moments.skewness() if enough else 0.0,
             **known,
         )
 
@@ -102,8 +115,15 @@ class NoiseScaleEstimate:
             return "noise scale not measured yet"
         name = "approximate noise scale" if self.approximate else "noise scale"
         part = "" if self.coverage >= 1.0 else f", {self.coverage:.0%} of the parameters"
-        return (
-            f"{name} {format_count(self.noise_scale)} {self.unit} ({self.confidence * 100:g} % interval "
-            f"{format_count(self.lower)} to {format_count(self.upper)}; {self.num_measurements} measurements, "
-            f"batch size {format_count(self.batch_size)}{part})"
-        )
+        measured = f"{self.num_measurements} measurements, batch size {format_count(self.batch_size)}{part}"
+        if self.impossible:
+            return f"{name} unknown ({measured}): {self.what_is_negative} is negative beyond doubt, which cannot be"
+        interval = f"{self.confidence * 100:g} % interval {format_count(self.lower)} to {format_count(self.upper)}"
+        if self.repeated:
+            interval = "all of the same examples, so that there is no interval"
+        return f"{name} {format_count(self.noise_scale)} {self.unit} ({interval}; {measured})"
+
+    @property
+    def what_is_negative(self) -> str:
+        """Name what must not be negative and is, for messages."""
+        return "|G|²" if self.grad_sq_norm < 0.0 else "tr(Σ)"

@@ -234,8 +234,7 @@ class GradientNoiseScale(Metric):
 
     @property
     def num_measurements(self) -> int:
-        """Optimizer steps that were measured and used; on several ranks as of the last synchronisation."""
-        self._fold_alone()
+        """Optimizer steps that were measured and used, as of the last synchronisation or estimate."""
         return int(self._moments_from(self.moments[0]).count)
 
     @property

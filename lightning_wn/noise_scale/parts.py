@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, permutations
 
-from lightning_wn.noise_scale.statistics import Moments
+from lightning_wn.noise_scale.statistics import Moments, standardized_skewness
 
 # what is averaged over optimizer steps, in this order; see PartMoments
 _PAIRS, _PAIRS_WEIGHT, _OWN, _OWN_WEIGHT, _COUNT, _MICRO_BATCHES = range(6)
 _SIZE = 6
 _PRODUCTS = tuple(combinations_with_replacement(range(_SIZE), 2))
+_TRIPLES = tuple(combinations_with_replacement(range(_SIZE), 3))
+_PLACE = {pair: place for place, pair in enumerate(_PRODUCTS)}
+# how often a product of two, or of three, stands in a square, or a cube, of a sum
+_TWICE = tuple(len(set(permutations(pair))) for pair in _PRODUCTS)
+_TIMES = tuple(len(set(permutations(triple))) for triple in _TRIPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,8 @@ class PartMoments(Moments):
         squared_weight: Σ weights².
         count: Measurements so far.
         means: Weighted means of (step weight · D, step weight · p, M (Σ w²|g|² + c D), M (Σ w² + c p), N, M).
-        scatter: Weighted sums of the products of their deviations, each pair once.
+        scatter: Weighted sums of the products of two of their deviations, each pair once.
+        cubes: Weighted sums of the products of three of them, each triple once.
     """
 
     weight: float = 0.0
@@ -69,6 +75,7 @@ class PartMoments(Moments):
     count: float = 0.0
     means: tuple[float, ...] = (0.0,) * _SIZE
     scatter: tuple[float, ...] = (0.0,) * len(_PRODUCTS)
+    cubes: tuple[float, ...] = (0.0,) * len(_TRIPLES)
 
     def updated(self, step: PartMeasurement, decay: float) -> PartMoments:
         """Return the moments after one more step of weight 1, all earlier ones decayed."""
@@ -88,15 +95,20 @@ class PartMoments(Moments):
         )
         weight = decay * self.weight + 1.0
         carried = decay * self.weight / weight
-        deviations = [value - mean for value, mean in zip(values, self.means, strict=True)]
+        cubed = carried * (carried - 1.0 / weight)
+        d = [value - mean for value, mean in zip(values, self.means, strict=True)]
+        old = [decay * product for product in self.scatter]
         return PartMoments(
             weight=weight,
             squared_weight=decay * decay * self.squared_weight + 1.0,
             count=self.count + 1.0,
-            means=tuple(mean + deviation / weight for mean, deviation in zip(self.means, deviations, strict=True)),
-            scatter=tuple(
-                decay * sum_ + carried * deviations[i] * deviations[j]
-                for sum_, (i, j) in zip(self.scatter, _PRODUCTS, strict=True)
+            means=tuple(mean + deviation / weight for mean, deviation in zip(self.means, d, strict=True)),
+            scatter=tuple(product + carried * d[i] * d[j] for product, (i, j) in zip(old, _PRODUCTS, strict=True)),
+            cubes=tuple(
+                decay * cube
+                + cubed * d[i] * d[j] * d[k]
+                - (d[i] * old[_PLACE[j, k]] + d[j] * old[_PLACE[i, k]] + d[k] * old[_PLACE[i, j]]) / weight
+                for cube, (i, j, k) in zip(self.cubes, _TRIPLES, strict=True)
             ),
         )
 
@@ -108,12 +120,7 @@ class PartMoments(Moments):
 
     def covariance_of_means(self) -> tuple[float, float, float]:
         """Return the covariance of :meth:`pair`, linear in the deviations of the means (the delta method)."""
-        _, pairs_weight, _, own_weight, count, micro_batches = self.means
-        x, y = self.pair()
-        size = count / micro_batches
-        of_x = (1.0 / pairs_weight, -x / pairs_weight, 0.0, 0.0, 0.0, 0.0)
-        by_x = -size * own_weight
-        of_y = (by_x * of_x[0], by_x * of_x[1], size, -size * x, y / count, -y / micro_batches)
+        of_x, of_y = self._slopes()
         scale = self.scale_of_covariance()
         var_x = cov_xy = var_y = 0.0
         for product, (i, j) in zip(self.scatter, _PRODUCTS, strict=True):
@@ -125,12 +132,39 @@ class PartMoments(Moments):
         # rounding may leave a little less than nothing
         return max(var_x, 0.0), cov_xy, max(var_y, 0.0)
 
+    def skewness(self) -> float:
+        """Return the skewness of what a step adds to y - r x, at the noise scale r; 0 where it is not known."""
+        x, y = self.pair()
+        if x <= 0.0:
+            return 0.0
+        slopes = [of_y - y / x * of_x for of_x, of_y in zip(*self._slopes(), strict=True)]
+        squares = sum(
+            times * product * slopes[i] * slopes[j]
+            for times, product, (i, j) in zip(_TWICE, self.scatter, _PRODUCTS, strict=True)
+        )
+        cubes = sum(
+            times * cube * slopes[i] * slopes[j] * slopes[k]
+            for times, cube, (i, j, k) in zip(_TIMES, self.cubes, _TRIPLES, strict=True)
+        )
+        return standardized_skewness(cubes, squares, self.weight)
+
+    def _slopes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the derivatives of both of :meth:`pair` by the means."""
+        _, pairs_weight, _, own_weight, count, micro_batches = self.means
+        x, y = self.pair()
+        size = count / micro_batches
+        of_x = (1.0 / pairs_weight, -x / pairs_weight, 0.0, 0.0, 0.0, 0.0)
+        by_x = -size * own_weight
+        return of_x, (by_x * of_x[0], by_x * of_x[1], size, -size * x, y / count, -y / micro_batches)
+
     def to_list(self) -> list[float]:
         """Return the moments as plain numbers."""
-        return [self.weight, self.squared_weight, self.count, *self.means, *self.scatter]
+        return [self.weight, self.squared_weight, self.count, *self.means, *self.scatter, *self.cubes]
 
     @classmethod
     def from_list(cls, values: Sequence[float]) -> PartMoments:
         """Rebuild the moments from :meth:`to_list`."""
         weight, squared_weight, count, *others = values
-        return cls(weight, squared_weight, count, tuple(others[:_SIZE]), tuple(others[_SIZE:]))
+        means, products = others[:_SIZE], others[_SIZE:]
+        scatter, cubes = products[: len(_PRODUCTS)], products[len(_PRODUCTS) :]
+        return cls(weight, squared_weight, count, tuple(means), tuple(scatter), tuple(cubes))

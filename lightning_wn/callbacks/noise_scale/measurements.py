@@ -11,10 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_wn.batch_size.advice_text import alarm
 from lightning_wn.callbacks.noise_scale.curvature_measurement import CURVATURE, CurvatureMeasurement
 from lightning_wn.callbacks.noise_scale.independence_check import IndependenceCheck
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import LossMeanOver, OptimizerMeasurement, ParameterChoice
-from lightning_wn.callbacks.noise_scale.summary import WARNINGS
+from lightning_wn.callbacks.noise_scale.summary import BY_SIZES, WARNINGS
 from lightning_wn.callbacks.worker_results import WorkerResults
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.metric import GradientNoiseScale, synchronize_together
@@ -68,6 +69,7 @@ class Measurements:
         self._of_optimizers: list[OptimizerMeasurement] = []
         self._add_up_to(1)
         self._warned: set[Rejection] = set()
+        self._said: set[str] = set()
 
     def __len__(self) -> int:
         """How many optimizers are measured."""
@@ -198,6 +200,17 @@ class Measurements:
                 if count > counts[reason] and reason in WARNINGS and reason not in self._warned:
                     self._warned.add(reason)
                     rank_zero_warn(f"`GradientNoiseScaleCallback`: {WARNINGS[reason]}")
+        for measurement in self:
+            if measurement.metric.weights_follow_sizes:
+                self._warn_once(BY_SIZES)
+            if measurement.metric.num_measurements and (estimate := measurement.estimate()).impossible:
+                self._warn_once(alarm(estimate))
+
+    def _warn_once(self, sentence: str) -> None:
+        # the start is the same where numbers differ
+        if sentence[:40] not in self._said:
+            self._said.add(sentence[:40])
+            rank_zero_warn(f"`GradientNoiseScaleCallback`: {sentence}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives."""

@@ -19,7 +19,7 @@ from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.noise_scale.preconditioning import AdamDenominator
 from lightning_wn.noise_scale.samples import GradientSamples, Rescaled
 from lightning_wn.probes.base import Probe, same_parameters
-from lightning_wn.trainer import has_loss_scaler, loss_scale
+from lightning_wn.trainer import epoch_has_same_examples, has_loss_scaler, loss_scale
 
 PRECONDITIONED = "preconditioned"
 LossMeanOver = Literal["auto", "micro_batch", "window", "sum"]
@@ -262,7 +262,7 @@ class OptimizerMeasurement:
     def _weighted(self, samples: GradientSamples, trainer: Trainer) -> GradientSamples:
         """Return the step's samples with their weights in the optimizer's gradient, now that the window is complete."""
         # the only step of an epoch has all its data, and so has the next one
-        repeats = not self._manual and trainer.num_training_batches <= self.num_micro_batches
+        repeats = epoch_has_same_examples(trainer, self.num_micro_batches)
         guessed = self.loss_mean_over == "auto" and not self._manual and not isinstance(samples.weights, Tensor)
         samples = replace(samples, repeats=repeats, weights_guessed=guessed and self.probe.watches_backward)
         if self.loss_mean_over in ("auto", "micro_batch"):

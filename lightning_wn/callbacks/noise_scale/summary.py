@@ -44,6 +44,13 @@ WARNINGS = {
 }
 """What to say once, the first time that a step is left out for a reason that the user can act on."""
 
+BY_SIZES = (
+    "the gradients of micro-batches grow with what they count, as where a loss is a sum over the micro-batch, divided "
+    "by the count of its whole accumulation window; samples are weighted so from here on, and measurements before are "
+    "dropped. `loss_mean_over='window'` says so from the start, and 'micro_batch' that it is not so."
+)
+"""What to say where ``loss_mean_over="auto"`` finds other weights than it took."""
+
 
 def fit_summary(
     advice: BatchSizeAdvice,
