@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wn.arguments import check_confidence
-from lightning_wn.batch_size.advice import BatchSizeAdvice
 from lightning_wn.callbacks.noise_scale.arguments import (
     DEFAULT_EMA_DECAY,
     check_batch_dims,
@@ -25,19 +24,19 @@ from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import ParameterChoice
 from lightning_wn.callbacks.noise_scale.probe_choice import ProbeChoice
+from lightning_wn.callbacks.noise_scale.results import NoiseScaleResults
 from lightning_wn.callbacks.noise_scale.run_watch import RunWatch
 from lightning_wn.callbacks.worker_results import WorkerResults
 from lightning_wn.module_selectors import ModuleSelector
-from lightning_wn.noise_scale.batch_counting import BatchCount, BatchSizeFn, count_examples
+from lightning_wn.noise_scale.batch_counting import BatchSizeFn
 from lightning_wn.noise_scale.drawing import import_pyplot
-from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.trainer import is_log_step, require_lightning_trainer
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
-class GradientNoiseScaleCallback(Callback):
+class GradientNoiseScaleCallback(NoiseScaleResults, Callback):
     r"""Measures the gradient noise scale while a model trains, logs it, and suggests a batch size.
 
     The simple noise scale B_simple = tr(Σ)/\|G\|² predicts the critical batch size: far below it, doubling
@@ -191,82 +190,6 @@ class GradientNoiseScaleCallback(Callback):
         )
         self._log = NoiseScaleLog(self.prefix, self._measurements, self._watch)
 
-    def estimate(self, optimizer: int | None = None, group: str | None = None) -> NoiseScaleEstimate:
-        """Return an estimate as of the last synchronisation (log step, checkpoint, end of training).
-
-        The same on every rank. Never communicates, so it may be called on one rank alone.
-
-        Args:
-            optimizer: Position among the LightningModule's optimizers; None is the only one.
-            group: A name in ``groups``, ``"preconditioned"`` or ``"curvature"`` where they are measured; None is
-                the simple noise scale of all measured parameters.
-
-        Raises:
-            ValueError: If there is no such optimizer or group, or several optimizers and none is named.
-        """
-        return self._measurements.estimate(optimizer, group)
-
-    def estimates(self) -> dict[str, NoiseScaleEstimate]:
-        """Return all estimates, by what stands between ``prefix`` and the last part of their logged keys.
-
-        ``"total"`` is that of all measured parameters. With several optimizers each name starts with
-        ``"optimizer_0/"`` and so on.
-        """
-        return self._measurements.estimates()
-
-    def advise(
-        self, optimizer: int | None = None, *, target: float = 1.0, price_per_device_hour: float | None = None
-    ) -> BatchSizeAdvice:
-        """Return a batch size to try, with what it would change; as of the last synchronisation.
-
-        The numbers are the same on every rank, except for the times, which are each rank's own.
-
-        Args:
-            optimizer: Position among the LightningModule's optimizers; None is the only one.
-            target: The wished batch size over the noise scale: 1 costs twice the fewest examples, 0.1 costs 10 % more
-                than the fewest.
-            price_per_device_hour: In any currency, for what other batch sizes would cost.
-
-        Raises:
-            ValueError: If there are several optimizers and none is named, or a number is not positive.
-        """
-        index = self._measurements.index_of(optimizer)
-        return self._watch.advise(
-            self._measurements[index], index, target=target, price_per_device_hour=price_per_device_hour
-        )
-
-    def plot(
-        self, optimizer: int | None = None, *, target: float = 1.0, theme: Literal["light", "dark"] = "light"
-    ) -> Figure:
-        """Draw what was measured and what it advises, in four panels; see :func:`~.run_figure.plot_run`.
-
-        Args:
-            optimizer: Position among the LightningModule's optimizers; None is the only one.
-            target: As in :meth:`advise`.
-            theme: ``"dark"`` is for a dark page; ``"light"`` takes matplotlib's own settings.
-
-        Returns:
-            A matplotlib figure; ``figure.savefig("noise_scale.png")`` writes it.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is missing; ``pip install "lightning-wn[plots]"`` brings it.
-            ValueError: If nothing was measured yet, or as in :meth:`advise`.
-        """
-        index = self._measurements.index_of(optimizer)
-        return self._log.plot(index, self.advise(index, target=target), theme)
-
-    def reset(self) -> None:
-        """Forget all measurements, for instance after a change of the learning rate; on every rank."""
-        self._measurements.reset()
-
-    @property
-    def micro_batch_size(self) -> float:
-        """Size of one micro-batch of all ranks together, in ``unit``; NaN before the first measurement.
-
-        Of the last full optimizer step that was measured, as of the last synchronisation.
-        """
-        return self._measurements.micro_batch_size
-
     def gradients_were_scaled(self, factor: float) -> None:
         """Say that the gradients of the step under way were multiplied by a factor, in ``on_before_optimizer_step``.
 
@@ -326,7 +249,7 @@ class GradientNoiseScaleCallback(Callback):
         self._watch.note_measuring(measuring)
         # in manual optimization a step may begin at any backward pass
         if measuring or not pl_module.automatic_optimization:
-            count = self._count(trainer, batch)
+            count = self._probe_choice.count(trainer, batch, self.batch_size_fn)
             for measurement in followed:
                 measurement.see_batch(trainer, pl_module, batch, batch_idx, count)
             for measurement in followed:
@@ -412,15 +335,6 @@ class GradientNoiseScaleCallback(Callback):
         self._log.history.load_state_dict(state_dict["history"])
         self._measurements.load_state_dict(state_dict, fitting=self._fitting)
         self._probe_choice.resume_from(state_dict["probe"], state_dict["every_n_steps"])
-
-    def _count(self, trainer: Trainer, batch: Any) -> BatchCount:
-        try:
-            return count_examples(batch, self.batch_size_fn)
-        except ValueError as error:
-            if self.batch_size_fn is not None:
-                raise
-            self._probe_choice.leave_out(trainer, error)
-            return BatchCount(1.0)
 
     def _synchronize(self, trainer: Trainer) -> None:
         self._measurements.synchronize(across_ranks=trainer.world_size > 1)

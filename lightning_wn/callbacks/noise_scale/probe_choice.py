@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
+from lightning_wn.noise_scale.batch_counting import BatchCount, BatchSizeFn, count_examples
 from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.choice import PROBES, choose_probe
 from lightning_wn.probes.mixers import known_mixer
@@ -99,19 +100,25 @@ class ProbeChoice:
         rank_zero_warn(f"`GradientNoiseScaleCallback` measures nothing in this run, which goes on without it: {error}")
         self._measurements.switch_off(str(error))
 
-    def leave_out(self, trainer: Trainer, error: ValueError) -> None:
-        """Go on without the optimizer step that is under way, whose batch cannot be counted; or without any.
+    def count(self, trainer: Trainer, batch: Any, batch_size_fn: BatchSizeFn | None) -> BatchCount:
+        """Count a batch; by default training goes on without the step, or any, where that cannot be done.
 
         Raises:
-            ValueError: The error itself where a probe was named.
+            ValueError: If it cannot be done where a probe or ``batch_size_fn`` was given.
         """
-        if trainer.world_size == 1 or not self._is_free:
-            self.give_up(error)
-            return
-        # other ranks may have counted theirs: all of them have to hear of it
-        for measurement in self._measurements:
-            measurement.leave_out()
-        self._say_once(f"leaves out steps, and says so once: {error}")
+        try:
+            return count_examples(batch, batch_size_fn)
+        except ValueError as error:
+            if batch_size_fn is not None:
+                raise
+            if trainer.world_size == 1 or not self._is_free:
+                self.give_up(error)
+            else:
+                # other ranks may have counted theirs: all of them have to hear of it
+                for measurement in self._measurements:
+                    measurement.leave_out()
+                self._say_once(f"leaves out steps, and says so once: {error}")
+            return BatchCount(1.0)
 
     def look_for_mixers(self, trainer: Trainer, model: LightningModule) -> None:
         """Leave ``per_example`` where a well-known transform lets the rows of a batch share data."""
