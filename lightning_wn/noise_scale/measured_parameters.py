@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_wn.module_selectors import ModuleSelection, as_selectors, matcher, show_selection
 from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype, require_dense
@@ -154,6 +155,11 @@ def find_measured(
         members.append(group)
         coverage.append(_share(group, named))
     return MeasuredParameters(measured, groups=members, denominator=denominator, coverage=coverage)
+
+
+def are_lazy(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether some have no shape yet, as those of lazy layers before their first batch."""
+    return any(isinstance(parameter, UninitializedParameter) for parameter in parameters)
 
 
 def _named(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
-from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import CannotMeasureError, Probe, mean_scale, sample_sizes
 from lightning_wn.probes.edits import EditWatch, with_deviation
@@ -74,7 +74,7 @@ class BatchPairProbe(Probe):
                 "`probe='batch_pair'` needs the batch before `training_step` does, and "
                 f"{type(pl_module).__name__}.training_step takes `dataloader_iter`; let it take `batch`."
             )
-        if wrapped:
+        if wrapped and not are_lazy(pl_module.parameters()):
             try:
                 SilentCopy(trainer, pl_module)
             except CannotMeasureError as error:

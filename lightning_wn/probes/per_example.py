@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
-from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.per_example.engine.norms import PerExampleNorms
 from lightning_wn.per_example.rules.errors import PerExampleError
@@ -64,7 +64,7 @@ class PerExampleProbe(Probe):
                 f"`probe='per_example'` follows one backward pass through the whole model, and this run has "
                 f"{len(trainer.optimizers)} optimizers; use `probe='batch_pair'`, or `probe='auto'`, which takes it."
             )
-        if wrapped:
+        if wrapped and not are_lazy(pl_module.parameters()):
             self._attach(pl_module, MeasuredParameters([p for p in pl_module.parameters() if p.requires_grad]))
             self.detach()
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_wn.module_selectors import ModuleSelection
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
-from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, find_measured
+from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy, find_measured
 from lightning_wn.noise_scale.metric import GradientNoiseScale
 from lightning_wn.noise_scale.preconditioning import AdamDenominator
 from lightning_wn.noise_scale.samples import GradientSamples, Rescaled
@@ -138,6 +138,11 @@ class OptimizerMeasurement:
         self._manual = not model.automatic_optimization
         self._alone = alone
         self._close()
+        if alone and not self.parameters:
+            raise ValueError(
+                "`GradientNoiseScaleCallback` has nothing to measure: the optimizer holds no parameter with "
+                "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
+            )
         self._find_parameters(model)
 
     @property
@@ -278,8 +283,9 @@ class OptimizerMeasurement:
     def _open(self, step: int, model: LightningModule) -> None:
         self._close()
         self._is_open = True
-        if not self._off and self.probe.is_due(step, self.every_n_steps):
-            measured = self._find_parameters(model)
+        if self._off or not self.probe.is_due(step, self.every_n_steps):
+            return
+        if (measured := self._find_parameters(model)) is not None:
             self.probe.optimizer = self._optimizer
             self.probe.loss_is_sum = self.loss_mean_over == "sum" and not self.probe.watches_backward
             self.probe.begin(step, self.every_n_steps, model, measured)
@@ -296,15 +302,13 @@ class OptimizerMeasurement:
         self._backwards_of_batch = 0
         self._marks, self._marks_before = [], []
 
-    def _find_parameters(self, model: LightningModule) -> MeasuredParameters:
+    def _find_parameters(self, model: LightningModule) -> MeasuredParameters | None:
+        """Return what is measured, or None before there is anything: lazy layers get their weights at a first batch."""
         trainable = self.parameters
+        if not trainable or are_lazy(trainable):
+            return None
         if self._measured is None or not same_parameters(trainable, self._trainable):
             assert self._optimizer is not None
-            if not trainable:
-                raise ValueError(
-                    "`GradientNoiseScaleCallback` has nothing to measure: the optimizer holds no parameter with "
-                    "`requires_grad=True`; pass trainable parameters to the optimizer or remove the callback."
-                )
             self._measured = self.choice.find(model, trainable, self._optimizer)
             self._shares = self._measured.coverage
             self._trainable = trainable

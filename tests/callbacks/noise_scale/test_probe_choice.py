@@ -271,3 +271,19 @@ def test_cadence_comes_from_the_checkpoint_unless_given(tmp_path):
         own = GradientNoiseScaleCallback(every_n_steps=given)
         fit(own, max_steps=20, accumulate_grad_batches=2, ckpt_path=path)
         assert own._measurements[0].every_n_steps == expected
+
+
+@pytest.mark.parametrize(("accumulate", "norm", "probe"), [(1, (), "per_example"), (2, (), "micro_batch"),
+                                                           (1, (nn.LazyBatchNorm1d,), "batch_pair")])  # fmt: skip
+def test_lazy_layers_are_measured_once_they_have_weights(accumulate, norm, probe):
+    class Lazy(DigitsMLP):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(8), *(layer() for layer in norm), nn.Tanh(), nn.LazyLinear(10))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*GradientNoiseScaleCallback.*")
+        estimate = fit(callback(), Lazy(), max_epochs=1, accumulate_grad_batches=accumulate)
+    assert estimate.probe == probe
+    # the first step finds no weights to measure, and the last batch has no next one
+    assert estimate.num_measurements == 8 // accumulate - 1 - (probe == "batch_pair")

@@ -190,7 +190,7 @@ def test_the_probe_that_auto_takes(name, accumulation):
         PROBES[probe]().require_readable(trainer, lightning_module, wrapped=False)
         return probe
 
-    if word == "refused":
+    if word == "nothing":
         with pytest.raises(ValueError, match=r"(use|set) .*(`strategy='ddp'`|`ModelParallelStrategy\(data_parallel_s)"):
             choose()
     else:
