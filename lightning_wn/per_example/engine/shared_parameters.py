@@ -31,8 +31,6 @@ class SharedParameters:
             PerExampleError: If such a result is not only added to the batch.
         """
         bare = _bare_parameters(calls, layers)
-        # of modules that were not called each is on its own: there is nothing to run again
-        bare += [[p] for p in _used_past_modules(layers)]
         candidates = [call for call in calls if call.layer.rule is not None and _may_be_shared(call, batch_size)]
         if not bare and not candidates:
             return
@@ -69,12 +67,6 @@ def _bare_parameters(calls: Sequence[Call], layers: Sequence[Layer]) -> list[lis
     # modules that are known to turn their tensors around inside are run again
     groups = [list(layer.parameters.values()) for layer in called.values() if not has_own_axes(layer.module)]
     return [group for group in groups if not any(id(p) in ruled for p in group)]
-
-
-def _used_past_modules(layers: Sequence[Layer]) -> list[nn.Parameter]:
-    """List the parameters of modules that were not called: if at all, ``training_step`` uses them itself."""
-    idle = [layer for layer in layers if not any(slot.expected for slot in layer.slots.values())]
-    return list({id(p): p for layer in idle for p in layer.parameters.values()}.values())
 
 
 def _may_be_shared(call: Call, batch_size: int) -> bool:

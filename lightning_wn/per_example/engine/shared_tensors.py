@@ -1,8 +1,8 @@
-"""Tensors that all examples share until they are expanded to the batch, or meet it element by element.
+"""Tensors that all examples share until they are expanded to the batch, or added to it.
 
-A class token, a bare position parameter, the embedding of the positions 0..T-1, a learned variance or temperature has
-no batch dimension, and the gradient that reaches it is already summed over the examples. One node before, where it was
-broadcast, the gradient still has the batch dimension: there it is read.
+A class token, a bare position parameter, or the embedding of the positions 0..T-1 has no batch dimension, and
+the gradient that reaches it is already summed over the examples. One node before, where it was broadcast, the
+gradient still has the batch dimension: there it is read.
 """
 
 from __future__ import annotations
@@ -14,34 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-# operations on shared tensors alone, whose backward can be called by hand as long as autograd has not come there
+# operations on the shared tensor itself whose backward can be called again; they save sizes or nothing
 _PASSED = {
-    f"{name}Backward{number}"
-    for name, numbers in {
-        # of shape
-        "Slice": "0", "Unsqueeze": "0", "Squeeze": "01", "View": "0", "UnsafeView": "0", "ReshapeAlias": "0",
-        "Select": "0", "Permute": "0", "Transpose": "0", "T": "0", "ToCopy": "0", "Clone": "0", "Alias": "0",
-        "Index": "0", "Cat": "0", "Stack": "0", "Split": "0", "SplitWithSizes": "0", "Unbind": "0",
-        # element by element
-        "Neg": "0", "Exp": "0", "Expm1": "0", "Log": "0", "Log1P": "0", "Log2": "0", "Log10": "0", "Sqrt": "0",
-        "Rsqrt": "0", "Reciprocal": "0", "Pow": "01", "Abs": "0", "Sigmoid": "0", "LogSigmoid": "0", "Tanh": "0",
-        "Softplus": "0", "Relu": "0", "Elu": "0", "Gelu": "0", "Silu": "0", "Clamp": "01", "ClampMin": "0",
-        "ClampMax": "0", "Lgamma": "0", "Digamma": "0", "Polygamma": "0", "Erf": "0", "Sin": "0", "Cos": "0",
-        # together
-        "Sum": "01", "Mean": "01", "Softmax": "0", "LogSoftmax": "0", "Logsumexp": "0", "Cumsum": "0", "Prod": "0",
-        "LinalgVectorNorm": "0", "Norm": "01",
-    }.items()
-    for number in numbers
+    "SliceBackward0", "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "ViewBackward0",
+    "UnsafeViewBackward0", "ReshapeAliasBackward0", "SelectBackward0", "PermuteBackward0", "TransposeBackward0",
+    "TBackward0", "ToCopyBackward0", "CloneBackward0", "AliasBackward0", "NegBackward0", "IndexBackward0",
 }  # fmt: skip
-_ADDED = {"AddBackward0", "SubBackward0", "ExpandBackward0", "RepeatBackward0"}
-# there the gradient by an operand is an expression of the result's shape, which the engine sums up afterwards
-_ELEMENTWISE = {
-    "MulBackward0", "DivBackward0", "PowBackward1", "WhereBackward0", "MaximumBackward0", "MinimumBackward0",
-    "LogaddexpBackward0", "Logaddexp2Backward0", "Atan2Backward0", "XlogyBackward0", "AddcmulBackward0",
-    "AddcdivBackward0", "HypotBackward0", "MseLossBackward0", "L1LossBackward0", "SmoothL1LossBackward0",
-    "HuberLossBackward0", "BinaryCrossEntropyWithLogitsBackward0",
-}  # fmt: skip
-_BROADCASTS = _ADDED | _ELEMENTWISE
+_BROADCASTS = {"AddBackward0", "SubBackward0", "ExpandBackward0", "RepeatBackward0"}
 
 # from where the tensor meets the batch back to it: the node, the operand, and the operand's shape
 _Path = tuple[tuple[Node, int, tuple[int, ...]], ...]
@@ -111,10 +90,9 @@ class SharedTensors:
 
     def _frontier(self, node: Node, output: int, shape: tuple[int, ...], path: _Path) -> Iterator[_Path | None]:
         """Yield, for each use, the way back from where the tensor meets the batch; None for an unknown use."""
-        uses = [use for use in self._consumers.get(node, ()) if use[2] == output]
-        if not uses:  # the loss itself
-            yield None
-        for consumer, edge, _ in uses:
+        for consumer, edge, used in self._consumers.get(node, ()):
+            if used != output:
+                continue
             step = ((consumer, edge, shape), *path)
             if self._is_broadcast(consumer, shape):
                 yield step
@@ -141,28 +119,17 @@ class SharedGradient:
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self.grad: Tensor | None = None
-        self.is_lost = False
 
     def hook(self, path: _Path) -> Callable[[tuple[Tensor | None, ...]], None]:
         """Return a hook for the node at the start of the path, which ends at the tensor."""
         (meeting, edge, shape), *passed = path
-        added = meeting.name() in _ADDED
-        sign = _factor(meeting, edge) if added else 1.0
+        sign = _factor(meeting, edge)
 
         def see(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is None or self.is_lost:
+            if grad is None:
                 return
-            try:
-                add(grad)
-            except RuntimeError:  # it must not end the user's backward pass; the sums will not agree
-                self.is_lost, self.grad = True, None
-
-        def add(grad: Tensor) -> None:
             with torch.no_grad():
-                if not added:
-                    results: Any = meeting(grad)  # type: ignore[operator]  # torch's nodes can be called
-                    grad = results[edge] if isinstance(results, tuple) else results
                 padded = (self._batch_size, *(1,) * (grad.ndim - len(shape)), *shape)
                 lifted = grad.detach().to(torch.promote_types(grad.dtype, torch.float32)) * sign
                 # (B, *rest) -> (B, 1, *rest): every example alone, reduced to what it has in common with the rest
