@@ -13,12 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_wn.arguments import check_confidence
 from lightning_wn.batch_size.advice import BatchSizeAdvice
-from lightning_wn.callbacks.noise_scale.arguments import (
-    DEFAULT_EMA_DECAY,
-    check_cadence,
-    check_choice,
-    check_loss_mean_over,
-)
+from lightning_wn.callbacks.noise_scale.arguments import DEFAULT_EMA_DECAY, check_cadence, check_choice
 from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import ParameterChoice
@@ -78,13 +73,10 @@ class GradientNoiseScaleCallback(Callback):
         confidence: Level of the interval, in (0, 1).
         batch_size_fn: From a batch to the number of examples (or tokens) that the loss is a mean over. By
             default the common first dimension of the batch's tensors. A tensor result stays on its device.
-        unit: The name of what is counted. Any other than ``"examples"`` is a part of an example (tokens, nodes,
-            frames): then only different gradient samples are taken to be independent, not what they count.
-        loss_mean_over: What the loss is divided by. ``"micro_batch"``: the count of its micro-batch, as of a mean.
-            ``"window"``: the count of the accumulation window on all ranks, as transformers' ``num_items_in_batch``
-            is, after multiplying by the accumulation factor and the ranks, by which Lightning and DDP divide.
-            ``"sum"``: nothing. ``"auto"`` is ``"micro_batch"``, unless ``unit`` is a part of an example and the
-            gradients grow with their counts, as under ``"window"``.
+        unit: The name of what is counted. Of any but ``"examples"`` only different samples are independent.
+        loss_mean_over: What the loss is divided by: the count of its ``"micro_batch"``, that of the accumulation
+            ``"window"`` on all ranks (transformers' ``num_items_in_batch``), or nothing, ``"sum"``. ``"auto"`` is the
+            first, unless ``unit`` is a part of an example and gradients grow with their counts, as under the second.
         prefix: Start of the logged keys; two instances in one Trainer need different ones.
         layers: Measure only these parameters: a glob on qualified names of modules or parameters, a module type, a
             predicate ``(name, module) -> bool``, or a list of these. The coverage in the estimate says so. None is all.
@@ -133,9 +125,8 @@ class GradientNoiseScaleCallback(Callback):
     ) -> None:
         super().__init__()
         check_cadence(probe, every_n_steps, ema_decay, half_life_steps)
-        check_choice(layers, groups, curvature_every_n_steps)
+        check_choice(layers, groups, curvature_every_n_steps, loss_mean_over)
         check_confidence(confidence)
-        check_loss_mean_over(loss_mean_over)
         self.probe = probe
         self.every_n_steps = every_n_steps
         self.ema_decay = ema_decay

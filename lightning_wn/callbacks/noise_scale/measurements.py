@@ -134,7 +134,7 @@ class Measurements:
         """Size of one micro-batch of all ranks together; NaN before the first measurement."""
         metric = self[self.index_of(0)].metric
         micro_batches, ranks = metric.micro_batches_and_ranks
-        return metric.estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
+        return metric.last_estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
 
     @property
     def has_measured(self) -> bool:
