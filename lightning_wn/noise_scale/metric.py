@@ -226,11 +226,15 @@ class GradientNoiseScale(Metric):
         Raises:
             ValueError: If there is no such group.
         """
+        self._fold_alone()
+        return self.last_estimate(group, probe=probe, coverage=coverage, approximate=approximate)
+
+    def last_estimate(self, group: str | None = None, **known: Any) -> NoiseScaleEstimate:
+        """Return :meth:`estimate` as of the last :meth:`synchronize`, which takes nothing from the device."""
         if group is not None and group not in self.groups:
             raise ValueError(f"`group` must be None or one of {list(self.groups)}, got {group!r}; None is the total.")
-        self._fold_alone()
         moments = self.moments[0 if group is None else 1 + self.groups.index(group)]
-        return self._estimate_from(moments, self.counts, probe=probe, coverage=coverage, approximate=approximate)
+        return self._estimate_from(moments, self.counts, **known)
 
     @property
     def num_measurements(self) -> int:

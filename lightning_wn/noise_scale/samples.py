@@ -123,7 +123,9 @@ class GradientSamples:
         micro_batches = count if self.micro_batches is None else self.micro_batches
         parts = micro_batches if self.parts is None else self.parts
         flags = map(float, (self.full, self.irregular, count, micro_batches, self.repeats, self.rescaled, parts))
-        head = [1.0, *flags]
+        examples, counted = self.examples, self.examples if self.counted is None else self.counted
+        totals = [0.0 if value is None or isinstance(value, Tensor) else float(value) for value in (examples, counted)]
+        head = [1.0, *flags, *totals]
         known = [values for values in (self.weights, self.sizes) if not isinstance(values, Tensor)]
         host = _to_device([*head, *chain(*known)], device, dtype)
         # what was known on the host travels there in one copy
@@ -145,14 +147,16 @@ class GradientSamples:
         roots = (sizes.sqrt(), sizes.rsqrt()) if self.weights_guessed else (torch.zeros_like(sizes),) * 2
         of_sizes = torch.stack((sizes.sum(), sizes @ sizes, *(root @ total for root in roots)))
         checks = weights @ torch.cat((checksums, checksum_sizes.square()), dim=1)
-        examples = sizes.sum() if self.examples is None else torch.as_tensor(self.examples, dtype=dtype).to(device)
-        counted = examples if self.counted is None else torch.as_tensor(self.counted, dtype=dtype).to(device)
-        totals = torch.stack((examples, counted, grad_sq_norm[0]))
+        on_device = [
+            sizes.sum() if value is None else value.to(device, dtype) if isinstance(value, Tensor) else host[place]
+            for place, value in ((_EXAMPLES, examples), (_COUNTED, counted))
+        ]
+        first = torch.cat((host[:_EXAMPLES], torch.stack((*on_device, grad_sq_norm[0]))))
         grad_checksums = grad_checksums.to(dtype)
         # of no spread where ranks differ by design
         squares = torch.zeros_like(grad_checksums) if self.grad_in_shards else grad_checksums.square()
         others = (weights @ sq_norms[:, 1:], weights.square() @ sq_norms[:, 1:], grad_sq_norm[1:])
-        return torch.cat((host[: len(head)], totals, sums, of_sizes, checks, grad_checksums, squares, *others))
+        return torch.cat((first, sums, of_sizes, checks, grad_checksums, squares, *others))
 
     def weighted_by_sizes(self, rescaled: Rescaled) -> GradientSamples:
         """Return the samples of losses that are sums, up to a factor, where a probe took them for means of weight 1.
@@ -166,7 +170,8 @@ class GradientSamples:
         """
         dtype, device = summing_dtype(self.sq_norms.device), self.sq_norms.device
         weights, sizes = (
-            torch.as_tensor(values, dtype=dtype).to(device, dtype) for values in (self.weights, self.sizes)
+            values.to(device, dtype) if isinstance(values, Tensor) else _to_device([*values], device, dtype)
+            for values in (self.weights, self.sizes)
         )
         counted = (weights > 0.0) & (sizes > 0.0)
         factor = torch.where(counted, weights / sizes, 0.0)

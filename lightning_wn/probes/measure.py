@@ -69,7 +69,8 @@ def measure_noise_scale(
         samples_per_measurement: Batches per measurement, 2 or more; fewer where a pass over the data ends.
         confidence: Level of the interval, in (0, 1).
         batch_size_fn: From a batch to the number of examples that its loss is a mean over.
-        unit: The name of what is counted.
+        unit: The name of what is counted; of any but ``"examples"``, as tokens, only different batches are taken to be
+            independent, and ``noise_scale`` is of steps with ``samples_per_measurement`` equally weighted batches.
         curvature: Measure the curvature-weighted noise scale B_noise = tr(HΣ)/(GᵀHG) of section 2.2 of the paper
             in the place of tr(Σ)/\|G\|²: closer to the critical batch size where directions differ in curvature, and
             noisier. Each measurement takes one batch more, whose Hessian H is multiplied with the gradients.

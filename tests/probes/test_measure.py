@@ -187,3 +187,16 @@ def test_bad_input(arguments, sentence):
     arguments = {"model": DigitsMLP(), "data": loader(digits())} | arguments
     with pytest.raises(ValueError, match=sentence):
         measure_noise_scale(**arguments)
+
+
+def test_tokens_are_not_independent_of_each_other():
+    """Sequences of one token each, told to be five: nothing but the batches' own variance counts."""
+    model, data = DigitsMLP(), digits()
+    tokens = measure_noise_scale(
+        model, loader(data), max_batches=400, relative_error=1e-6, unit="tokens", batch_size_fn=lambda batch: 160
+    )
+    examples = measure_noise_scale(model, loader(data), max_batches=400, relative_error=1e-6)
+    # loaders of equal batches: the same numbers, five tokens an example; passes of 56 batches are cut alike
+    assert tokens.noise_scale == pytest.approx(5 * examples.noise_scale, rel=1e-3)
+    assert tokens.grad_sq_norm == pytest.approx(examples.grad_sq_norm, rel=1e-6)
+    assert (tokens.unit, tokens.batch_size, tokens.num_measurements) == ("tokens", 160.0, 100)

@@ -35,8 +35,9 @@ def check_cadence(probe: str, every_n_steps: object, ema_decay: float, half_life
             )
 
 
-def check_choice(layers: Any, groups: Any, curvature_every_n_steps: object) -> None:
-    """Raise ValueError for parameters that cannot be named so, and for a cadence of the curvature that there is not."""
+def check_choice(layers: Any, groups: Any, curvature_every_n_steps: object, loss_mean_over: object) -> None:
+    """Raise ValueError for parameters that cannot be named so, and for what of a step cannot be measured so."""
+    _check_loss_mean_over(loss_mean_over)
     if layers is not None:
         as_selectors("layers", layers)
     for name, selection in (groups or {}).items():
@@ -59,7 +60,7 @@ def check_batch_dims(batch_dims: Mapping[str, object] | None) -> None:
             )
 
 
-def check_loss_mean_over(loss_mean_over: object) -> None:
+def _check_loss_mean_over(loss_mean_over: object) -> None:
     """Raise ValueError for anything but what a loss may be divided by."""
     known = get_args(LossMeanOver)
     if loss_mean_over not in known:

@@ -17,7 +17,6 @@ from lightning_wn.callbacks.noise_scale.arguments import (
     check_batch_dims,
     check_cadence,
     check_choice,
-    check_loss_mean_over,
 )
 from lightning_wn.callbacks.noise_scale.independence_check import SHARED_ROWS
 from lightning_wn.callbacks.noise_scale.log import NoiseScaleLog
@@ -82,13 +81,10 @@ class GradientNoiseScaleCallback(NoiseScaleResults, Callback):
             image: ``"auto"`` then takes ``batch_pair`` instead of ``per_example``. True is checked.
         batch_size_fn: From a batch to the number of examples (or tokens) that the loss is a mean over. By
             default the common first dimension of the batch's tensors. A tensor result stays on its device.
-        unit: The name of what is counted. Any other than ``"examples"`` is a part of an example (tokens, nodes,
-            frames): then only different gradient samples are taken to be independent, not what they count.
-        loss_mean_over: What the loss is divided by. ``"micro_batch"``: the count of its micro-batch, as of a mean.
-            ``"window"``: the count of the accumulation window on all ranks, as transformers' ``num_items_in_batch``
-            is, after multiplying by the accumulation factor and the ranks, by which Lightning and DDP divide.
-            ``"sum"``: nothing. ``"auto"`` is ``"micro_batch"``, unless ``unit`` is a part of an example and the
-            gradients grow with their counts, as under ``"window"``.
+        unit: The name of what is counted. Of any but ``"examples"`` only different samples are independent.
+        loss_mean_over: What the loss is divided by: the count of its ``"micro_batch"``, that of the accumulation
+            ``"window"`` on all ranks (transformers' ``num_items_in_batch``), or nothing, ``"sum"``. ``"auto"`` is the
+            first, unless ``unit`` is a part of an example and gradients grow with their counts, as under the second.
         prefix: Start of the logged keys; two instances in one Trainer need different ones.
         batch_dims: For ``per_example``, where modules (by name or glob) have the batch in another dimension than the
             first, such as ``{"encoder.*": 1}`` for a sequence-first encoder; ``"folded"`` where the first dimension is
@@ -142,10 +138,9 @@ class GradientNoiseScaleCallback(NoiseScaleResults, Callback):
     ) -> None:
         super().__init__()
         check_cadence(probe, every_n_steps, ema_decay, half_life_steps)
-        check_choice(layers, groups, curvature_every_n_steps)
+        check_choice(layers, groups, curvature_every_n_steps, loss_mean_over)
         check_batch_dims(batch_dims)
         check_confidence(confidence)
-        check_loss_mean_over(loss_mean_over)
         self.probe = probe
         self.every_n_steps = every_n_steps
         self.ema_decay = ema_decay

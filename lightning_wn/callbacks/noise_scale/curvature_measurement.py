@@ -40,7 +40,7 @@ class CurvatureMeasurement:
 
     def estimate(self) -> NoiseScaleEstimate:
         """Return the estimate: ``grad_sq_norm`` is GᵀHG, ``cov_trace`` is tr(HΣ)."""
-        return self.metric.estimate(probe=CURVATURE)
+        return self.metric.last_estimate(probe=CURVATURE)
 
     def require_measurable(self, trainer: Trainer, model: LightningModule) -> None:
         """Raise ValueError where no copy of the model can compute the loss."""

@@ -143,7 +143,7 @@ class Measurements:
         """Size of one micro-batch of all ranks together; NaN before the first measurement."""
         metric = self[self.index_of(0)].metric
         micro_batches, ranks = metric.micro_batches_and_ranks
-        return metric.estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
+        return metric.last_estimate().batch_size * ranks / micro_batches if micro_batches else math.nan
 
     @property
     def has_measured(self) -> bool:
@@ -269,8 +269,11 @@ def _metric_state(metric: GradientNoiseScale, total: str = "total") -> dict[str,
 
 
 def _restore_metric(metric: GradientNoiseScale, state: Mapping[str, Any], total: str = "total") -> None:
-    """Take over :func:`_metric_state`; a column that it lacks starts afresh."""
+    """Take over :func:`_metric_state`; a column that it lacks starts afresh, and all do where the unit was another."""
     metric.reset()
-    rows = [state["moments"].get(name, torch.zeros_like(metric.moments[0])) for name in (total, *metric.groups)]
+    empty = metric.moments[0]
+    rows = [state["moments"].get(name, empty) for name in (total, *metric.groups)]
+    if any(row.shape != empty.shape for row in rows) or state["counts"].shape != metric.counts.shape:
+        return
     metric.moments = torch.stack([row.cpu().to(torch.float64) for row in rows])
     metric.counts = state["counts"].clone().cpu()

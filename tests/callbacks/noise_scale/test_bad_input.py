@@ -280,3 +280,10 @@ def test_trainer_of_the_other_package():
 
 def test_a_probe_for_another_strategy():
     refuse("`probe='sharded'` cannot read gradients under SingleDeviceStrategy; use `probe='auto'`", probe="sharded")
+
+
+def test_what_a_loss_is_no_mean_over():
+    with pytest.raises(ValueError, match=r"`loss_mean_over` must be one of \['auto', 'micro_batch', 'window', 'sum'\]"):
+        GradientNoiseScaleCallback(loss_mean_over="tokens")
+    for told in ("auto", "micro_batch", "window", "sum"):
+        assert GradientNoiseScaleCallback(loss_mean_over=told).loss_mean_over == told
