@@ -101,13 +101,14 @@ class TestTruth:
         assert_true_within(callback, per_example_gradients(model, data), [[32] * 2] * 4)
         assert callback.advise().configuration.accumulate_grad_batches == 4
 
-    def test_an_exact_estimate_does_not_go_on_from_an_approximate_one(self):
+    def test_an_exact_estimate_goes_on_from_another_exact_one(self):
+        """Two epochs of eight pairs of batches, less the one that the change cuts off, and eight windows of two."""
         model, data = DigitsMLP(), digits(256)
         model.net.insert(1, nn.BatchNorm1d(32))
         scheduler = GradientAccumulationScheduler({0: 1, 2: 2})
         callback, _ = measure(model, loader(data), accumulate=1, steps=24, callbacks=[scheduler])
         estimate = callback.estimate()
-        assert (estimate.probe, estimate.approximate, estimate.num_measurements) == ("micro_batch", False, 8)
+        assert (estimate.probe, estimate.approximate, estimate.num_measurements) == ("micro_batch", False, 15 + 8)
 
     def test_batch_size_of_windows_that_end_with_the_epoch(self):
         """One window an epoch is a full one, for its last batch is not short."""

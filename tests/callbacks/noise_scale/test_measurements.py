@@ -330,7 +330,9 @@ def test_an_estimate_read_from_a_checkpoint_says_what_it_is(tmp_path):
 
     path = tmp_path / "run.ckpt"
     trained, fresh = (
-        GradientNoiseScaleCallback(every_n_steps=1, ema_decay=1.0, layers="net.0", groups={"bias": "*.bias"})
+        GradientNoiseScaleCallback(
+            "consecutive", every_n_steps=1, ema_decay=1.0, layers="net.0", groups={"bias": "*.bias"}
+        )
         for _ in range(2)
     )
     trainer = L.Trainer(callbacks=[trained], **QUIET, max_epochs=1)
