@@ -113,7 +113,9 @@ def centred_over_the_batch():
 
 @mixes(SWAP, ALONE)
 def detached_statistics():
-    return supervised(perceptron(Function(lambda m, x: (x - x.mean(0).detach()) / (1 + x.std(0).detach().nan_to_num()))))
+    return supervised(
+        perceptron(Function(lambda m, x: (x - x.mean(0).detach()) / (1 + x.std(0).detach().nan_to_num())))
+    )
 
 
 @mixes(SWAP)
@@ -147,7 +149,9 @@ def message_passing_by_index():
 
     model = Function(convolve, a=nn.Linear(4, E), b=nn.Linear(E, C))
     return Case(
-        model, lambda net, d: F.cross_entropy(net(d["x"], d["e"]), d["y"]), {"x": features(), "e": edges, "y": classes()}
+        model,
+        lambda net, d: F.cross_entropy(net(d["x"], d["e"]), d["y"]),
+        {"x": features(), "e": edges, "y": classes()},
     )
 
 
@@ -174,7 +178,8 @@ def one_message_and_a_linear_loss():
 @mixes(SWAP)
 def one_message_and_hinge():
     return on_graph(
-        Function(lambda m, x, a: a @ m.a(x), a=nn.Linear(4, 1)), lambda o, y: F.relu(1 - o * (2 * y[:, None] - 1)).mean()
+        Function(lambda m, x, a: a @ m.a(x), a=nn.Linear(4, 1)),
+        lambda o, y: F.relu(1 - o * (2 * y[:, None] - 1)).mean(),
     )
 
 
@@ -226,7 +231,7 @@ def hardest_triplets():
     return of_outputs(loss)
 
 
-@mixes(SWAP)
+@mixes(SWAP, ALONE)
 def ranking_by_hinge():
     """All pairs are within the margin, so the loss is linear there."""
 
@@ -325,17 +330,15 @@ def sequence_first_with_dropout():
 class Attention(nn.Module):
     """Self-attention on Torch's default kernel, over dimension 1, or over the batch."""
 
-    def __init__(self, *, over_batch=False, dropout=0.0, bias=None):
+    def __init__(self, *, over_batch=False, dropout=0.0):
         super().__init__()
         self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
-        self.over_batch, self.dropout, self.bias = over_batch, dropout, bias
+        self.over_batch, self.dropout = over_batch, dropout
 
     def forward(self, x, mask=None):
         q, k, v = (p.unflatten(-1, (2, -1)) for p in self.qkv(x).chunk(3, -1))
         order = (1, 2, 0, 3) if self.over_batch else (0, 2, 1, 3)
         q, k, v = (p.permute(order) for p in (q, k, v))
-        if self.bias is not None:
-            mask = self.bias(x)
         o = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         o = o.permute(2, 0, 1, 3) if self.over_batch else o.transpose(1, 2)
         return self.out(o.flatten(2))
@@ -405,9 +408,7 @@ class Experts(nn.Module):
 
 @mixes(SWAP)
 def experts_with_a_balancing_loss():
-    return supervised(
-        Experts(), loss=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]) + 0.01 * net.balance
-    )
+    return supervised(Experts(), loss=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]) + 0.01 * net.balance)
 
 
 @mixes(SWAP)
@@ -432,12 +433,6 @@ def table_of_positions_behind_an_operation():
     table = nn.Embedding(2 * B, 2)
     places = torch.arange(B)[:, None] - torch.arange(B)[None] + B
 
-    def bias(x):
-        return table(places).permute(2, 0, 1).masked_fill(torch.ones(B, B).triu(1).bool(), -1e9)
-
-    model = nn.Sequential(nn.Linear(4, E), Attention(bias=bias), nn.Linear(E, C))
-    model.table = table
-    model.forward = lambda x: nn.Sequential.forward(model, x)
     return Case(
         Function(lambda m, x: m.fc(m.attention(m.a(x), m.mask())), a=nn.Linear(4, E), attention=Attention(),
                  fc=nn.Linear(E, C), mask=Function(
@@ -589,7 +584,7 @@ def l1():
 
 @separate
 def hinge():
-    return of_outputs(lambda o, y: F.multi_margin_loss(o, y))
+    return of_outputs(F.multi_margin_loss)
 
 
 @separate
@@ -892,13 +887,13 @@ def gru():
 
 @separate
 def lstm_of_packed_sequences():
-    def forward(m, x):
-        packed = nn.utils.rnn.pack_padded_sequence(m.a(x), torch.tensor([5, 3, 4, 2, 5, 1])[: len(x)],
-                                                   batch_first=True, enforce_sorted=False)  # fmt: skip
+    def forward(m, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(m.a(x), lengths, batch_first=True, enforce_sorted=False)
         return m.fc(m.rnn(packed)[1][0][-1])
 
     model = Function(forward, a=nn.Linear(4, E), rnn=nn.LSTM(E, E, batch_first=True), fc=nn.Linear(E, C))
-    return supervised(model, B, T, 4)
+    batch = features(B, T, 4), torch.tensor([5, 3, 4, 2, 5, 1]), classes()
+    return Case(model, lambda net, d: F.cross_entropy(net(d[0], d[1]), d[2]), batch)
 
 
 @separate

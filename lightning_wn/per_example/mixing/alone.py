@@ -6,6 +6,8 @@ so of gradients only this counts: an example that has one alone has one in the b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lightning_wn.per_example.mixing.batches import sliced
@@ -20,12 +22,33 @@ _OTHER_TOLERANCE = 5e-2
 _EXAMPLES = 3
 
 
-def run_alone(subject: Subject, reference: Reference) -> Find | None:
+def require_cuttable(subject: Subject) -> None:
+    """Run the batch without its last example.
+
+    A table that has as many rows as there are examples is none of their data, and does not fit then.
+
+    Raises:
+        CannotLookError: If no example can be taken away; or whatever the model says then.
+    """
+    rest = subject.batch_size - 1
+    if rest < 2:
+        raise CannotLookError("the batch is too small to take an example away")
+    batch = sliced(subject.batch, subject.batch_size, slice(0, rest))
+    observe(subject, torch.tensor([0]), batch=batch, batch_size=rest)
+
+
+def run_alone(subject: Subject, reference: Reference, require_parts: Callable[[], None]) -> Find | None:
     """Compare some examples alone with themselves in the batch.
+
+    Args:
+        subject: What is looked at.
+        reference: What to compare with.
+        require_parts: Raises where the batch cannot be cut.
 
     Raises:
         CannotLookError: If an example cannot be run alone.
     """
+    require_parts()
     kept = reference.swap.kept[:_EXAMPLES]
     together = observe(subject, kept, shared=reference.shared, prepare=turn_dropout_off)
     other = observe(subject, kept, shared=reference.shared, prepare=turn_dropout_off, other_numbers=True)

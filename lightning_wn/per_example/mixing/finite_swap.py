@@ -8,12 +8,13 @@ rows, each weighted by its place in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_wn.per_example.mixing.batches import sliced, turned, with_other_features
+from lightning_wn.per_example.mixing.batches import turned, with_other_features
 from lightning_wn.per_example.mixing.passes import Observation, Rows, Subject, observe
 from lightning_wn.per_example.mixing.report import CannotLookError, Find
 from lightning_wn.per_example.mixing.rows import Swap
@@ -22,6 +23,8 @@ from lightning_wn.per_example.mixing.rows import Swap
 _TOLERANCE = {torch.float64: 1e-9}
 _OTHER_TOLERANCE = 1e-5
 _TIMES_REPEAT = 20.0
+# to near thresholds, and to far ones
+_STRETCHES = (30.0, 3000.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def take_reference(subject: Subject, generator: torch.Generator) -> Reference:
     Raises:
         CannotLookError: If there is nothing to compare.
     """
-    swap = Swap.draw(subject.batch_size, generator, stretch=False)
+    swap = Swap.draw(subject.batch_size, generator)
     shared: set[tuple[str, int]] = set()
     first = observe(subject, swap.kept)
     if not first.finite:
@@ -74,31 +77,32 @@ def swap_activations(subject: Subject, reference: Reference, generator: torch.Ge
     found = _compare(subject, reference, reference.plain, other)
     if found is not None:
         return found
-    for _ in range(2):
-        swap = Swap.draw(subject.batch_size, generator, stretch=True)
+    for stretch in _STRETCHES:
+        swap = Swap.draw(subject.batch_size, generator, stretch=stretch)
         try:
             plain = observe(subject, swap.kept, shared=reference.shared)
             stretched = observe(subject, swap.kept, shared=reference.shared, swap=swap)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # values that the model does not allow
-            return None
+            continue
         found = _compare(subject, reference, plain, stretched) if stretched.finite else None
         if found is not None:
             return found
     return None
 
 
-def swap_features(subject: Subject, reference: Reference) -> Find | None:
+def swap_features(subject: Subject, reference: Reference, require_parts: Callable[[], None]) -> Find | None:
     """Exchange the other examples' features in the batch: sees what mixes before the first layer.
 
     A loss may be divided by what the examples count, so all its gradients may have one factor in common.
+
+    Args:
+        subject: What is looked at.
+        reference: What to compare with.
+        require_parts: Raises where the batch cannot be cut, so that not all that looks like data is data.
     """
-    if subject.batch_size < 3:
-        raise CannotLookError("the batch is too small to take an example away")
-    # a table of as many rows as there are examples is none of their data; it cannot be cut
-    shorter = sliced(subject.batch, subject.batch_size, slice(0, subject.batch_size - 1))
-    observe(subject, torch.tensor([0]), batch=shorter, batch_size=subject.batch_size - 1)
+    require_parts()
     batch = with_other_features(subject.batch, subject.batch_size, reference.swap)
     other = observe(subject, reference.swap.kept, shared=reference.shared, batch=batch)
     return _compare(subject, reference, reference.plain, other, scaled=True) if other.finite else None

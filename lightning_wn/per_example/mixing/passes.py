@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,10 @@ class Subject:
             without_global_hooks(),
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
+            warnings.catch_warnings(),
         ):
+            # what the user's code warns of it has said in training
+            warnings.simplefilter("ignore")
             yield fresh_copy(self.model, self.copier)
 
     def loss(self, replica: nn.Module, batch: Any) -> Tensor:

@@ -49,20 +49,21 @@ class Swap:
     factors: Tensor
 
     @classmethod
-    def draw(cls, batch_size: int, generator: torch.Generator, *, stretch: bool) -> Swap:
+    def draw(cls, batch_size: int, generator: torch.Generator, *, stretch: float = 1.0) -> Swap:
         """Draw what stays, half of the rows, and for each of the rest another row, some of them several times.
 
-        A permutation would leave sums over the batch as they are. A stretched row is up to 30 times larger: it moves
-        examples over thresholds that they are far from.
+        A permutation would leave sums over the batch as they are. Every second new row is made ``stretch`` times as
+        large, and the rest smaller: that moves examples over thresholds that they are far from.
         """
-        kept = torch.randperm(batch_size, generator=generator)[: min(max(batch_size // 2, 1), MAX_KEPT)]
+        order = torch.randperm(batch_size, generator=generator)
+        kept, new = order.split([count := min(max(batch_size // 2, 1), MAX_KEPT), batch_size - count])
         rows = torch.arange(batch_size)
         source = (rows + torch.randint(1, batch_size, (batch_size,), generator=generator)) % batch_size
         source[kept] = kept
         factors = torch.ones(batch_size)
-        if stretch:
-            factors = torch.exp(-1.0 + 4.4 * torch.rand(batch_size, generator=generator))
-            factors[kept] = 1.0
+        if stretch > 1.0:
+            factors[new] = 1.0 / 3.0
+            factors[new[::2]] = stretch
         return cls(kept.sort().values, source, factors)
 
     def apply(self, tensor: Tensor, dim: BatchDim) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from lightning_wn.per_example.engine.layers import BatchDim
-from lightning_wn.per_example.mixing.alone import run_alone
+from lightning_wn.per_example.mixing.alone import require_cuttable, run_alone
 from lightning_wn.per_example.mixing.copies import RandomState, hooked_by_user
 from lightning_wn.per_example.mixing.finite_swap import swap_activations, swap_features, take_reference
 from lightning_wn.per_example.mixing.passes import Subject
@@ -79,10 +79,11 @@ def find_mixing(
         return MixingReport(outcome=Mixing.UNKNOWN, why=_reason(error), skipped={_SWAP: _reason(error)})
     if found is not None:
         return _found(_SWAP, found)
+    cut = cache(partial(require_cuttable, subject))
     others: list[tuple[MixingTest, Callable[[], Find | None]]] = [
         ("second derivative", partial(differentiate_twice, subject, reference, generator)),
-        (_SWAP, partial(swap_features, subject, reference)),
-        ("alone", partial(run_alone, subject, reference)),
+        (_SWAP, lambda: swap_features(subject, reference, cut)),
+        ("alone", lambda: run_alone(subject, reference, cut)),
     ]
     for name, test in others:
         try:

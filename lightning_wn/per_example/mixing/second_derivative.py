@@ -52,13 +52,13 @@ class _Graph:
         self._subject = subject
         self._kept = reference.swap.kept
         self._generator = generator
-        self._late: dict[Key, Tensor] = {}
+        self._late: dict[Key, tuple[Tensor, BatchDim]] = {}
         self._early: dict[Key, tuple[Tensor, BatchDim]] = {}
 
     def see_input(self, key: Key, tensor: Tensor, dim: BatchDim) -> None:
-        """Keep the rows of the kept examples."""
+        """Keep what goes into a layer; nothing is computed of it here, perhaps in a checkpoint."""
         if tensor.requires_grad and torch._C._current_graph_task_id() == -1:
-            self._late[key] = self._rows(tensor, dim, kept=True)
+            self._late[key] = (tensor, dim)
 
     def see_output(self, key: Key, tensor: Tensor, dim: BatchDim) -> None:
         """Keep what can be differentiated by."""
@@ -72,7 +72,7 @@ class _Graph:
         keys = list(self._early)
         slopes = dict(zip(keys, self._differentiate(loss, keys, create_graph=True), strict=True))
         counting = {key[0] for key, slope in slopes.items() if slope is not None}
-        late = [rows for key, rows in self._late.items() if key[0] in counting]
+        late = [self._rows(*seen, kept=True) for key, seen in self._late.items() if key[0] in counting]
         found = self._find(late, keys, "for one example, what comes into a layer behind")[0]
         if found is not None:
             return found
