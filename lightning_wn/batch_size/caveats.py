@@ -25,6 +25,11 @@ def doubts_about(
     where nobody knows.
     """
     reasons = []
+    if estimate.unchecked:
+        reasons.append(
+            f"Examples could not be checked for mixing ({estimate.unchecked}): where one example's loss depends on "
+            "others, as with statistics of the batch, this noise scale is wrong."
+        )
     if not estimate.is_resolved:
         reasons.append(
             "Not sure yet: |G|² cannot be told from zero, so the noise scale may be far larger; measure more."

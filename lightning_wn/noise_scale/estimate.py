@@ -33,6 +33,8 @@ class NoiseScaleEstimate:
         probe: Where the gradient samples came from.
         confidence: Confidence level of the interval.
         approximate: Whether the probe is only approximate; its documentation says in which direction.
+        unchecked: Why it is not known whether examples mix, so that single ones have no gradient and this is wrong;
+            empty where they do not, or where it does not matter.
 
     Example:
         >>> print(NoiseScaleEstimate(
@@ -54,6 +56,7 @@ class NoiseScaleEstimate:
     probe: str
     confidence: float
     approximate: bool = False
+    unchecked: str = ""
 
     @classmethod
     def from_moments(
@@ -98,8 +101,9 @@ class NoiseScaleEstimate:
             return "noise scale not measured yet"
         name = "approximate noise scale" if self.approximate else "noise scale"
         part = "" if self.coverage >= 1.0 else f", {self.coverage:.0%} of the parameters"
+        doubt = f"; examples could not be checked for mixing: {self.unchecked}" if self.unchecked else ""
         return (
             f"{name} {format_count(self.noise_scale)} {self.unit} ({self.confidence * 100:g} % interval "
             f"{format_count(self.lower)} to {format_count(self.upper)}; {self.num_measurements} measurements, "
-            f"batch size {format_count(self.batch_size)}{part})"
+            f"batch size {format_count(self.batch_size)}{part}{doubt})"
         )

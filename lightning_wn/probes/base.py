@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -41,6 +41,8 @@ class Probe:
 
     coverage: float = 1.0
     """Measured share of the elements of the parameters that it was given."""
+    unchecked: str = ""
+    """Why it is not known whether examples mix, where that matters and could not be looked at."""
     reduces_in_low_precision: bool = False
     """Whether gradients are rounded to 16 bits between the samples and the optimizer."""
 
@@ -59,6 +61,16 @@ class Probe:
 
         The same object stands for the same parameters: hooks are set anew only for another one.
         """
+
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> GradientSamples | None:
+        """See a batch before ``training_step`` gets it: one of a measured step, or one that the probe waits for.
+
+        Returns:
+            The samples of an optimizer step that ended before, if this batch completes them.
+        """
+        return None
 
     def before_forward(self, count: BatchCount) -> None:
         """A micro-batch of so many examples starts its forward pass."""

@@ -292,6 +292,8 @@ class GradientNoiseScaleCallback(Callback):
         if measuring or not pl_module.automatic_optimization:
             count = count_examples(batch, self.batch_size_fn)
             for measurement in self._measurements:
+                measurement.see_batch(trainer, pl_module, batch, batch_idx, count)
+            for measurement in self._measurements:
                 measurement.before_forward(count)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

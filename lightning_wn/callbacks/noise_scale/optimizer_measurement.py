@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -92,12 +93,13 @@ class OptimizerMeasurement:
         """Return the estimate of all measured parameters or of a group, as of the last synchronisation."""
         # what the optimizer preconditions is what the total is of
         coverage = dict(zip(self.choice.covered, self.coverage, strict=True))
-        return self.metric.estimate(
+        estimate = self.metric.estimate(
             group,
             probe=self.probe.name,
             coverage=coverage.get(group or "total", self.coverage[0]),
             approximate=bool(self.probe.approximate),
         )
+        return replace(estimate, unchecked=self.probe.unchecked)
 
     @property
     def coverage(self) -> tuple[float, ...]:
@@ -145,6 +147,15 @@ class OptimizerMeasurement:
                 self._open(trainer.global_step, model)
         elif not self._is_open:
             self._open(self.steps, model)
+
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> None:
+        """Show the probe a batch, which may complete the samples of a step that ended before."""
+        if self.measuring or self._manual:
+            samples = self.probe.see_batch(trainer, model, batch, batch_idx, count)
+            if samples is not None:
+                self.metric.add_samples(samples)
 
     def before_forward(self, count: BatchCount) -> None:
         """Count the batch, if the step is measured."""

@@ -49,7 +49,7 @@ def run_alone(subject: Subject, reference: Reference, require_parts: Callable[[]
         CannotLookError: If an example cannot be run alone.
     """
     require_parts()
-    kept = reference.swap.kept[:_EXAMPLES]
+    kept = reference.swaps[0].kept[:_EXAMPLES]
     together = observe(subject, kept, shared=reference.shared, prepare=turn_dropout_off)
     other = observe(subject, kept, shared=reference.shared, prepare=turn_dropout_off, other_numbers=True)
     if any(not torch.equal(rows, other.inputs[key]) for key, rows in together.inputs.items() if key in other.inputs):
@@ -57,7 +57,7 @@ def run_alone(subject: Subject, reference: Reference, require_parts: Callable[[]
     for place, index in enumerate(kept.tolist()):
         batch = sliced(subject.batch, subject.batch_size, slice(index, index + 1))
         alone = observe(subject, torch.tensor([0]), batch=batch, batch_size=1, prepare=turn_dropout_off)
-        found = _compare(subject, _one(together, place), alone)
+        found = _compare(subject, together.some(torch.tensor([place])), alone)
         if found is not None:
             return found
     return None
@@ -80,9 +80,3 @@ def _compare(subject: Subject, together: Observation, alone: Observation) -> Fin
 
 def _is_zero(grads: Rows) -> bool:
     return not any(bool(rows.any()) for rows in grads.values())
-
-
-def _one(observation: Observation, place: int) -> Observation:
-    parts = (observation.inputs, observation.outputs, observation.grads)
-    inputs, outputs, grads = ({key: rows[place : place + 1] for key, rows in part.items()} for part in parts)
-    return Observation(inputs, outputs, grads, observation.finite)

@@ -20,15 +20,9 @@ _COMPUTE = ("torch.", "lightning_wn.weight_norm")
 
 
 def fresh_copy(model: nn.Module, copier: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Copy the model and take the user's hooks off the copy."""
-    with _without_history(model):
-        copied = copier(model)
-    for module in copied.modules():
-        for kind in _HOOKS:
-            hooks = getattr(module, kind)
-            for key in [key for key, hook in hooks.items() if not _computes(hook)]:
-                del hooks[key]
-    return copied
+    """Copy the model without the user's hooks."""
+    with _bare(model):
+        return copier(model)
 
 
 def hooked_by_user(model: nn.Module) -> list[str]:
@@ -117,18 +111,30 @@ def _defined_in(hook: Any) -> str:
 
 
 @contextlib.contextmanager
-def _without_history(model: nn.Module) -> Iterator[None]:
-    """Let tensors that a module keeps of its last call, such as a legacy weight norm's weight, be copied."""
-    kept = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    ]
+def _bare(model: nn.Module) -> Iterator[None]:
+    """Take away for a moment what is not to be copied, or cannot be.
+
+    That is hooks, which may belong to large objects, and the history of tensors that a module keeps of its last call,
+    such as a legacy weight norm's weight.
+    """
+    kept: list[tuple[nn.Module, str, Any]] = []
     try:
-        for module, name, value in kept:
-            vars(module)[name] = value.detach()
+        for module in model.modules():
+            for name, value in list(vars(module).items()):
+                bare = _without_users(value) if name in _HOOKS else _without_history(value)
+                if bare is not value:
+                    kept.append((module, name, value))
+                    vars(module)[name] = bare
         yield
     finally:
         for module, name, value in kept:
             vars(module)[name] = value
+
+
+def _without_users(hooks: Any) -> Any:
+    own = OrderedDict((key, hook) for key, hook in hooks.items() if _computes(hook))
+    return hooks if len(own) == len(hooks) else own
+
+
+def _without_history(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value

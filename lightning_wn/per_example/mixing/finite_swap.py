@@ -23,8 +23,8 @@ from lightning_wn.per_example.mixing.rows import Swap
 _TOLERANCE = {torch.float64: 1e-9}
 _OTHER_TOLERANCE = 1e-5
 _TIMES_REPEAT = 20.0
-# to near thresholds, and to far ones
-_STRETCHES = (30.0, 3000.0)
+# as they are, to near thresholds, and to far ones
+_STRETCHES = (1.0, 30.0, 3000.0)
 
 
 @dataclass(frozen=True)
@@ -32,64 +32,70 @@ class Reference:
     """What the tests compare with.
 
     Attributes:
-        plain: The pass as it is.
-        swap: Which rows are kept.
+        plain: The pass as it is, with the rows of ``watched``.
+        watched: The rows that some swap keeps, by index.
+        swaps: What is exchanged: rows as they are, and stretched.
         noise: How far two equal passes lie apart, relative.
         shared: Calls of layers whose results do not depend on the batch.
     """
 
     plain: Observation
-    swap: Swap
+    watched: Tensor
+    swaps: tuple[Swap, ...]
     noise: float
     shared: set[tuple[str, int]]
 
 
 def take_reference(subject: Subject, generator: torch.Generator) -> Reference:
-    """Run the plain pass twice, and once with every example's data turned on by one.
+    """Run the plain pass twice, and once with every example given the data of another.
 
     Raises:
         CannotLookError: If there is nothing to compare.
     """
-    swap = Swap.draw(subject.batch_size, generator)
-    shared: set[tuple[str, int]] = set()
-    first = observe(subject, swap.kept)
-    if not first.finite:
+    swaps = tuple(Swap.draw(subject.batch_size, generator, stretch=stretch) for stretch in _STRETCHES)
+    watched = torch.unique(torch.cat([swap.kept for swap in swaps]))
+    plain = observe(subject, watched)
+    if not plain.finite:
         raise CannotLookError("the loss of the batch is not finite")
+    shared: set[tuple[str, int]] = set()
     try:
-        shared = _unmoved(first, observe(subject, swap.kept, batch=turned(subject.batch, subject.batch_size)), subject)
+        shared = _unmoved(plain, observe(subject, watched, batch=turned(subject.batch, subject.batch_size)), subject)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # the user's code may say no to such a batch: then all that looks like rows is taken for rows
         shared = set()
-    plain = observe(subject, swap.kept, shared=shared)
-    again = observe(subject, swap.kept, shared=shared)
+    again = observe(subject, watched, shared=shared)
+    plain = plain.without(shared)
     if not plain.grads:
         raise CannotLookError(f"no layer gives a tensor with {subject.batch_size} rows, one an example")
     noise = max((_worst(a, b)[0] for a, b in _pairs(plain, again)), default=0.0)
     if not noise < 1e-2:
         raise CannotLookError("two passes over the same batch with the same random state differ")
-    return Reference(plain, swap, noise, shared)
+    return Reference(plain, watched, swaps, noise, shared)
 
 
-def swap_activations(subject: Subject, reference: Reference, generator: torch.Generator) -> Find | None:
-    """Exchange the other rows of what every layer gives, as they are and, with other rows kept, stretched."""
-    other = observe(subject, reference.swap.kept, shared=reference.shared, swap=reference.swap)
+def swap_activations(subject: Subject, reference: Reference) -> Find | None:
+    """Exchange the other rows of what every layer gives, as they are and, with other rows kept, stretched.
+
+    Raises:
+        CannotLookError: If the model cannot do with the rows of other examples as they are; or whatever it says then.
+    """
+    plain, *stretches = reference.swaps
+    other = observe(subject, reference.watched, shared=reference.shared, swap=plain)
     if not other.finite:
         raise CannotLookError("the loss is not finite with the rows of other examples")
-    found = _compare(subject, reference, reference.plain, other)
-    if found is not None:
-        return found
-    for stretch in _STRETCHES:
-        swap = Swap.draw(subject.batch_size, generator, stretch=stretch)
+    found = _compare(subject, reference, plain, other)
+    for swap in stretches:
+        if found is not None:
+            return found
         try:
-            plain = observe(subject, swap.kept, shared=reference.shared)
-            stretched = observe(subject, swap.kept, shared=reference.shared, swap=swap)
+            other = observe(subject, reference.watched, shared=reference.shared, swap=swap)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # values that the model does not allow
             continue
-        found = _compare(subject, reference, plain, stretched) if stretched.finite else None
-        if found is not None:
-            return found
-    return None
+        found = _compare(subject, reference, swap, other) if other.finite else None
+    return found
 
 
 def swap_features(subject: Subject, reference: Reference, require_parts: Callable[[], None]) -> Find | None:
@@ -103,15 +109,18 @@ def swap_features(subject: Subject, reference: Reference, require_parts: Callabl
         require_parts: Raises where the batch cannot be cut, so that not all that looks like data is data.
     """
     require_parts()
-    batch = with_other_features(subject.batch, subject.batch_size, reference.swap)
-    other = observe(subject, reference.swap.kept, shared=reference.shared, batch=batch)
-    return _compare(subject, reference, reference.plain, other, scaled=True) if other.finite else None
+    swap = reference.swaps[0]
+    batch = with_other_features(subject.batch, subject.batch_size, swap)
+    other = observe(subject, reference.watched, shared=reference.shared, batch=batch)
+    return _compare(subject, reference, swap, other, scaled=True) if other.finite else None
 
 
 def _compare(
-    subject: Subject, reference: Reference, plain: Observation, other: Observation, *, scaled: bool = False
+    subject: Subject, reference: Reference, swap: Swap, other: Observation, *, scaled: bool = False
 ) -> Find | None:
-    """Return where an example's share changed: in the forward pass the first place, in the backward pass the last."""
+    """Return where a kept example's share changed: in the forward pass the first place, in the backward the last."""
+    kept = torch.isin(reference.watched, swap.kept).nonzero()[:, 0]
+    plain, other = reference.plain.some(kept), other.some(kept)
     counting = {name for name, _, _ in plain.grads}
     for ours, theirs, what in (
         (plain.inputs, other.inputs, "what goes into"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -77,6 +78,9 @@ class Subject:
         loss = self.loss_fn(replica, clone_batch(batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise CannotLookError("the model gave no loss to differentiate")
+        originals = {id(p) for p in self.model.parameters()}
+        if any(id(getattr(node, "variable", None)) in originals for node in nodes_behind(loss)):
+            raise CannotLookError("a copy of the model computes with the weights of the original")
         return loss.reshape(())
 
 
@@ -95,6 +99,22 @@ class Observation:
     outputs: Rows = field(default_factory=dict)
     grads: Rows = field(default_factory=dict)
     finite: bool = False
+
+    def some(self, rows: Tensor) -> Observation:
+        """Return it for some of its examples."""
+        inputs, outputs, grads = (
+            {key: tensor[rows.to(tensor.device)] for key, tensor in part.items()}
+            for part in (self.inputs, self.outputs, self.grads)
+        )
+        return Observation(inputs, outputs, grads, self.finite)
+
+    def without(self, calls: set[tuple[str, int]]) -> Observation:
+        """Return it without some calls of layers."""
+        inputs, outputs, grads = (
+            {key: tensor for key, tensor in part.items() if key[:2] not in calls}
+            for part in (self.inputs, self.outputs, self.grads)
+        )
+        return Observation(inputs, outputs, grads, self.finite)
 
 
 class Layers:
@@ -232,6 +252,18 @@ def observe(
         found.finite = bool(torch.isfinite(loss.detach()))
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
     return found
+
+
+def nodes_behind(loss: Tensor) -> set[Node]:
+    """Return all nodes of the graph that made a tensor."""
+    seen: set[Node] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
 
 
 def _tensors(tree: Any) -> list[Tensor]:

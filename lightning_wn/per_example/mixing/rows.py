@@ -56,7 +56,8 @@ class Swap:
         large, and the rest smaller: that moves examples over thresholds that they are far from.
         """
         order = torch.randperm(batch_size, generator=generator)
-        kept, new = order.split([count := min(max(batch_size // 2, 1), MAX_KEPT), batch_size - count])
+        count = min(max(batch_size // 2, 1), MAX_KEPT)
+        kept, new = order[:count], order[count:]
         rows = torch.arange(batch_size)
         source = (rows + torch.randint(1, batch_size, (batch_size,), generator=generator)) % batch_size
         source[kept] = kept

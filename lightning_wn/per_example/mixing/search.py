@@ -42,7 +42,7 @@ def find_mixing(
     said, if the model treats both alike.
 
     Nothing of the model changes, nor the batch or the random state; hooks that are not part of the model's computation
-    are not called. Takes about twelve passes, on one copy at a time.
+    are not called. Takes about fifteen passes, on one copy at a time.
 
     Args:
         model: The model, in the mode in which it is trained.
@@ -74,7 +74,7 @@ def find_mixing(
     skipped: dict[str, str] = {}
     try:
         reference = take_reference(subject, generator)
-        found = swap_activations(subject, reference, generator) if _SWAP in tests else None
+        found = swap_activations(subject, reference) if _SWAP in tests else None
     except Exception as error:
         return MixingReport(outcome=Mixing.UNKNOWN, why=_reason(error), skipped={_SWAP: _reason(error)})
     if found is not None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_wn.noise_scale.curvature import ends_in_an_error, twice_differentiable
 from lightning_wn.per_example.engine.layers import BatchDim
 from lightning_wn.per_example.mixing.finite_swap import Reference
-from lightning_wn.per_example.mixing.passes import Key, Layers, Subject
+from lightning_wn.per_example.mixing.passes import Key, Layers, Subject, nodes_behind
 from lightning_wn.per_example.mixing.report import CannotLookError, Find
 from lightning_wn.per_example.mixing.rows import by_example
 
@@ -50,7 +50,7 @@ class _Graph:
 
     def __init__(self, subject: Subject, reference: Reference, generator: torch.Generator) -> None:
         self._subject = subject
-        self._kept = reference.swap.kept
+        self._kept = reference.swaps[0].kept
         self._generator = generator
         self._late: dict[Key, tuple[Tensor, BatchDim]] = {}
         self._early: dict[Key, tuple[Tensor, BatchDim]] = {}
@@ -160,14 +160,8 @@ class _Tail(TorchFunctionMode):
 
     def of(self, loss: Tensor) -> list[Tensor]:
         """Return those that the loss depends on."""
-        seen = set()
-        waiting = [loss.grad_fn]
-        while waiting:
-            node = waiting.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting += [following for following, _ in node.next_functions]
-        return [tensor for tensor in self._seen if tensor.grad_fn in seen]
+        nodes = nodes_behind(loss)
+        return [tensor for tensor in self._seen if tensor.grad_fn in nodes]
 
 
 def first_line(error: BaseException) -> str:
