@@ -26,6 +26,11 @@ def doubts_about(
     where nobody knows.
     """
     reasons = []
+    if estimate.unchecked:
+        reasons.append(
+            f"Examples could not be checked for mixing ({estimate.unchecked}): where one example's loss depends on "
+            "others, as with statistics of the batch, this noise scale is wrong."
+        )
     if estimate.repeated:
         reasons.append(
             "Every measurement was of the same examples, as where one step holds all data: what the noise scale of "

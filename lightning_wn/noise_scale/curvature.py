@@ -43,9 +43,9 @@ def curvature_samples(
         ValueError: If the loss cannot be differentiated twice. An operation of the user's own that is marked
             ``once_differentiable`` and comes last of all hides that from autograd, and counts as linear.
     """
-    with _twice_differentiable(), torch.enable_grad():
+    with twice_differentiable(), torch.enable_grad():
         slopes = gradients_or_zeros(hessian_loss(), parameters, create_graph=True)
-        if _ends_in_an_error(slopes):
+        if ends_in_an_error(slopes):
             raise _not_twice("the model has an operation that is marked `once_differentiable`")
         return gradient_samples(parameters, losses, partial(_hessian_product, slopes, parameters))
 
@@ -123,7 +123,7 @@ def _hessian_product(
     return [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, found, strict=True)]
 
 
-def _ends_in_an_error(slopes: Sequence[Tensor]) -> bool:
+def ends_in_an_error(slopes: Sequence[Tensor]) -> bool:
     """Whether autograd left a node that stands for a missing derivative, and that nothing would run into."""
     waiting = [slope.grad_fn for slope in slopes if slope.grad_fn is not None]
     seen = set(waiting)
@@ -145,7 +145,7 @@ def _not_twice(reason: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def _twice_differentiable() -> Iterator[None]:
+def twice_differentiable() -> Iterator[None]:
     """Choose implementations that have a second derivative: fused attention and cuDNN's recurrent layers do not."""
     flags: Any = torch.backends.cudnn.flags
     with sdpa_kernel(SDPBackend.MATH), flags(enabled=False):

@@ -40,6 +40,8 @@ class NoiseScaleEstimate:
         repeated: Whether all measurements are of the same examples, and nothing is known of what others would give.
         skewness: How skewed the measurements are, upwards where positive; above 1 heavy tails leave the interval less
             sure than it says.
+        unchecked: Why it is not known whether examples mix, so that single ones have no gradient and this is wrong;
+            empty where they do not, or where it does not matter.
 
     Example:
         >>> print(NoiseScaleEstimate(
@@ -64,6 +66,7 @@ class NoiseScaleEstimate:
     impossible: bool = False
     repeated: bool = False
     skewness: float = 0.0
+    unchecked: str = ""
 
     @classmethod
     def from_moments(
@@ -115,7 +118,8 @@ class NoiseScaleEstimate:
             return "noise scale not measured yet"
         name = "approximate noise scale" if self.approximate else "noise scale"
         part = "" if self.coverage >= 1.0 else f", {self.coverage:.0%} of the parameters"
-        measured = f"{self.num_measurements} measurements, batch size {format_count(self.batch_size)}{part}"
+        doubt = f"; examples could not be checked for mixing: {self.unchecked}" if self.unchecked else ""
+        measured = f"{self.num_measurements} measurements, batch size {format_count(self.batch_size)}{part}{doubt}"
         if self.impossible:
             return f"{name} unknown ({measured}): {self.what_is_negative} is negative beyond doubt, which cannot be"
         interval = f"{self.confidence * 100:g} % interval {format_count(self.lower)} to {format_count(self.upper)}"

@@ -58,6 +58,8 @@ class Probe:
 
     coverage: float = 1.0
     """Measured share of the elements of the parameters that it was given."""
+    unchecked: str = ""
+    """Why it is not known whether examples mix, where that matters and could not be looked at."""
     reduces_in_low_precision: bool = False
     """Whether gradients are rounded to 16 bits between the samples and the optimizer."""
 

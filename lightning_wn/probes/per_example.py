@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,8 +14,9 @@ from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.per_example.engine.norms import PerExampleNorms
-from lightning_wn.per_example.rules.errors import PerExampleError
+from lightning_wn.per_example.rules.errors import MixedExamplesError, PerExampleError
 from lightning_wn.probes.base import Probe, mean_scale
+from lightning_wn.probes.mixing_check import MixingCheck
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
 
@@ -45,6 +46,7 @@ class PerExampleProbe(Probe):
         self._norms: PerExampleNorms | None = None
         self._num_measured = self._num_refused = 0
         self._warned = False
+        self._mixing = MixingCheck()
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -75,6 +77,12 @@ class PerExampleProbe(Probe):
             self._attach(model, measured)
         self._forget_step()
 
+    def see_batch(
+        self, trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int, count: BatchCount
+    ) -> None:
+        """Keep what a look at whether examples mix needs."""
+        self._mixing.see_batch(trainer, model, batch, batch_idx)
+
     def before_forward(self, count: BatchCount) -> None:
         """Record this micro-batch's layers."""
         self._by_example = count.by_example
@@ -91,7 +99,7 @@ class PerExampleProbe(Probe):
         An example that counts n_i of n has n_i / n of the weight; what it adds to the gradient is that share of its own
         mean gradient, and one that counts nothing adds nothing.
         """
-        sq_norms = self._try(lambda norms: norms.after_backward())
+        sq_norms = self._try(self._norms_of_examples)
         if sq_norms is None:
             return
         device = sq_norms.device
@@ -155,6 +163,13 @@ class PerExampleProbe(Probe):
         seen = sum(p.numel() for p in norms.parameters)
         self.coverage = seen / max(sum(p.numel() for p in measured.parameters), 1)
 
+    def _norms_of_examples(self, norms: PerExampleNorms) -> Tensor:
+        sq_norms = norms.after_backward()
+        if norms.dims is not None:
+            self._mixing.require_separate(len(sq_norms), norms.dims)
+            self.unchecked = self._mixing.unchecked
+        return sq_norms
+
     def _try(self, call: Callable[[PerExampleNorms], _Result]) -> _Result | None:
         """Call the engine; what it refuses is an error at first, and a step left out later."""
         if self._failed or self._norms is None:
@@ -175,7 +190,7 @@ class PerExampleProbe(Probe):
     def _note(self, error: PerExampleError) -> None:
         """Leave a step out; where those are the most, the run is not for this probe."""
         self._num_refused += 1
-        if self._num_refused > self._num_measured:
+        if self._num_refused > self._num_measured or isinstance(error, MixedExamplesError):
             self.refusal = str(error)
         elif not self._warned:
             self._warned = True

@@ -111,12 +111,13 @@ class OptimizerMeasurement:
         """Return the estimate of all measured parameters or of a group, as of the last synchronisation."""
         # what the optimizer preconditions is what the total is of
         coverage = dict(zip(self.choice.covered, self.coverage, strict=True))
-        return self.metric.last_estimate(
+        estimate = self.metric.last_estimate(
             group,
             probe=self.probe.name,
             coverage=coverage.get(group or "total", self.coverage[0]),
             approximate=bool(self.probe.approximate),
         )
+        return replace(estimate, unchecked=self.probe.unchecked)
 
     @property
     def coverage(self) -> tuple[float, ...]:

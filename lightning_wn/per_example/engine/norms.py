@@ -54,6 +54,8 @@ class PerExampleNorms:
 
     Attributes:
         coverage: The share of the model's trainable elements that are measured.
+        dims: In a step that is verified, the dimension in which each layer's examples were taken to be, None where all
+            share what it gives; None in other steps.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -88,6 +90,7 @@ class PerExampleNorms:
         self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
         self._handles: list[RemovableHandle] = []
         self._verified: set[tuple[Any, ...]] = set()
+        self.dims: dict[str, BatchDim | None] | None = None
         self._batch_size = 0
         self._start_afresh()
 
@@ -165,6 +168,7 @@ class PerExampleNorms:
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
             self._verification = None
+        self.dims = None if self._verification is None else self._dims_taken()
 
     def after_backward(self) -> Tensor:
         """Return Σ over the measured parameters of |∂L/∂θ by example i|², shape (B,).
@@ -188,6 +192,15 @@ class PerExampleNorms:
             return self._sums()
         finally:
             self._forget()
+
+    def _dims_taken(self) -> dict[str, BatchDim | None]:
+        shared = self._shared.gradients
+        return {
+            call.layer.name: call.layer.batch_dim if call.shared is None else None
+            for call in self._calls
+            # what a module does with parameters that it adds to the batch is not looked at
+            if not all(id(p) in shared for p in call.layer.parameters.values())
+        }
 
     def _forget(self) -> None:
         """Take the step's hooks off and forget what they saw."""

@@ -17,6 +17,10 @@ class PerExampleError(RuntimeError):
     """Exact per-example gradients cannot be had; the message names the module and the fix."""
 
 
+class MixedExamplesError(PerExampleError):
+    """Examples mix, so that none has a gradient of its own, in this step or in any."""
+
+
 def batch_dependent_layers(model: nn.Module) -> list[str]:
     """Name the layers that mix the examples of a batch in the mode that the model is in.
 
