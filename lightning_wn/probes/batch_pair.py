@@ -40,6 +40,8 @@ class BatchPairProbe(Probe):
     batch's gradient already, so that at the present weights it is smaller than, and no longer independent of,
     a fresh one's, in proportion to the learning rate.
 
+    What other callbacks after this one do to a batch in ``on_train_batch_start`` is not done to the second batch.
+
     A measured step costs a copy of the model and a further pass forward and back, when the next batch comes. Training
     is the same: see :class:`~.silent_copy.SilentCopy`.
 
@@ -76,7 +78,7 @@ class BatchPairProbe(Probe):
             )
         if wrapped and not are_lazy(pl_module.parameters()):
             try:
-                SilentCopy(trainer, pl_module)
+                SilentCopy(trainer, pl_module).free()
             except CannotMeasureError as error:
                 raise CannotMeasureError(f"`probe='batch_pair'`: {error}; {_ALTERNATIVES}.") from error
 
@@ -103,15 +105,15 @@ class BatchPairProbe(Probe):
         pending, self._batch_idx = self._pending, batch_idx
         if pending is None:
             return None
-        self._pending = None
         samples = self._try(lambda: pending.with_batch(batch, count.total))
         if samples is None and self._failure is None:
             # `training_step` skipped the batch, or the optimizer's turn has not come
             pending.tries += 1
             if pending.tries < _MAX_TRIES:
-                self._pending = pending
-            else:
-                self._leave_out(f"on {_MAX_TRIES} batches one after the other the optimizer did not step again")
+                return None
+            self._forget_pair()
+            self._leave_out(f"on {_MAX_TRIES} batches one after the other the optimizer did not step again")
+        self._forget_pair()
         self._num_measured += samples is not None
         return samples
 
@@ -150,8 +152,14 @@ class BatchPairProbe(Probe):
         self._edits.detach()
         self._edits = EditWatch(())
         self._measured = MeasuredParameters(())
-        self._model = self._pending = None
+        self._model = None
         self._weight = 0.0
+        self._forget_pair()
+
+    def _forget_pair(self) -> None:
+        if self._pending is not None:
+            self._pending.model.free()
+        self._pending = None
 
     def _keep(self, model: LightningModule, grad_scale: Tensor | None, *, full: bool) -> _Pending:
         measured = self._measured

@@ -99,6 +99,15 @@ class SilentCopy:
         )
         self._model = copied
         self._recorders = recorders
+        known_ids = {id(tensor) for tensor in (*known, *model.buffers())}
+        # what a user's `__deepcopy__` shares stays
+        self._own = [t for t in (*copied.parameters(), *copied.buffers()) if id(t) not in known_ids]
+
+    def free(self) -> None:
+        """Give the memory back; cycles of references would keep it until Python collects them."""
+        for tensor in self._own:
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(0)
 
     def gradients(
         self, parameters: Sequence[nn.Parameter], batch: Any, batch_idx: int, optimizer: Optimizer | None, step: int
@@ -145,7 +154,9 @@ class SilentCopy:
         manual = not self._model.automatic_optimization
         for recorder in self._recorders:
             recorder.steps_left = step if manual and recorder.real is optimizer else -1
-        with isolate_rng(include_cuda=on_gpu), torch.enable_grad(), _eager():
+        with isolate_rng(include_cuda=on_gpu), _other_rng(self._model.device), torch.enable_grad(), _eager():
+            if self._model.on_train_batch_start(batch, batch_idx) == -1:
+                return False
             try:
                 with self._trainer.precision_plugin.train_step_context():
                     output = training_step_output(self._model, batch, batch_idx)
@@ -300,6 +311,20 @@ def _reaches(loss: Tensor, parameters: AbstractSet[int]) -> bool:
             return True
         waiting += [following for following, _ in node.next_functions]
     return False
+
+
+@contextlib.contextmanager
+def _other_rng(device: torch.device) -> Iterator[None]:
+    """Restore the random state of an accelerator that has one of its own and is no CUDA device."""
+    module: Any = getattr(torch, device.type, None)
+    if device.type in ("cpu", "cuda") or not hasattr(module, "get_rng_state"):
+        yield
+        return
+    state = module.get_rng_state()
+    try:
+        yield
+    finally:
+        module.set_rng_state(state)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 
@@ -155,6 +156,17 @@ class WithClipping(DigitsMLP):
         nn.utils.clip_grad_norm_(self.parameters(), 0.1)
 
 
+class HooksOfItsOwn(DigitsMLP):
+    """Changes the batch, and a setting, in a hook before the step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        batch[0].mul_(2.0)
+        self.share = float(torch.rand(()))
+
+    def training_step(self, batch, batch_idx):
+        return self.share * super().training_step(batch, batch_idx)
+
+
 class Stops(DigitsMLP):
     """Writes to its Trainer."""
 
@@ -167,7 +179,7 @@ class Stops(DigitsMLP):
         return super().training_step(batch, batch_idx)
 
 
-MODELS = [Random, Stateful, ByHand, Keeps, InClosure, Nested, WeightNormed, WithClipping, Stops]
+MODELS = [Random, Stateful, ByHand, Keeps, InClosure, Nested, WeightNormed, WithClipping, HooksOfItsOwn, Stops]
 
 
 class Watch(L.Callback):
@@ -384,8 +396,8 @@ def test_hooks_of_the_user_fire_and_those_of_this_package_do_not():
     assert estimate.grad_sq_norm == pytest.approx(expected[0], rel=1e-4)
     assert estimate.cov_trace == pytest.approx(expected[1], rel=1e-4)
     assert beside.estimate().num_measurements == 2
-    # bound to the object that they are in: the original's two batches, the copy's one
-    assert [one is model for one in fired] == [True, False, True]
+    # bound to the object that they are in: the original's two batches, and one of either copy, as examples are checked
+    assert [one is model for one in fired] == [True, False, False, True]
 
 
 def test_a_scaler_and_a_fused_optimizer():
@@ -514,3 +526,54 @@ def test_what_others_differentiate_between_passes_is_no_edit():
     L.Trainer(callbacks=[Looks(), callback], **QUIET, max_steps=2).fit(DigitsMLP(), in_order())
     expected = textbook_pair(two_batches(DigitsMLP()), [16, 16])
     assert callback.estimate().cov_trace == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_what_the_model_does_before_a_step_is_done_to_the_second_batch_too():
+    class Doubles(DigitsMLP):
+        def on_train_batch_start(self, batch, batch_idx):
+            batch[0].mul_(2.0)
+
+    estimate = measure(Doubles(), DataLoader([(x.clone(), y) for x, y in digits(32)], 16), 2)
+    model = DigitsMLP()
+    x, y = digits(32).tensors
+    samples = []
+    for part in (slice(0, 16), slice(16, 32)):
+        grads = torch.autograd.grad(cross_entropy(model.net(2 * x[part]), y[part]), list(model.parameters()))
+        samples.append(torch.cat([g.flatten() for g in grads]).double())
+    expected = textbook_pair(torch.stack(samples), [16, 16])
+    assert estimate.cov_trace == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_the_memory_is_given_back_at_once():
+    """Without waiting for Python to collect cycles, of which a LightningModule has some."""
+
+    class Big(DigitsMLP):
+        def __init__(self):
+            super().__init__()
+            self.big = nn.Parameter(torch.zeros(250_007))
+            self.step_of_mine = self.training_step  # a cycle
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.big.square().sum()
+
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+
+        class Count(L.Callback):
+            def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+                tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+                counts.append(sum(t.numel() == 250_007 for t in tensors))
+
+        measure(Big(), loader(digits(160), 16), 7, callbacks=[Count()], every_n_steps=3)
+    finally:
+        gc.enable()
+    # parameter and gradient; after a measured step a copy of both; in the next one that is given back
+    assert counts == [4, 2, 2, 4, 2, 2, 4]
+
+
+def test_a_model_that_is_compiled_as_a_whole():
+    estimate = measure(torch.compile(DigitsMLP(), backend="eager"), in_order(), 2)
+    expected = textbook_pair(two_batches(DigitsMLP()), [16, 16])
+    assert estimate.cov_trace == pytest.approx(expected[1], rel=1e-4)
