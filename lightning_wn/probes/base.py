@@ -15,6 +15,9 @@ from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 
+SAME_EXAMPLES = "every batch holds the same examples, so that two of them are no two samples"
+"""Why batches cannot be compared where one is all that an epoch has."""
+
 
 class CannotMeasureError(ValueError):
     """A probe cannot read this run; the message is the true cause, in a sentence."""

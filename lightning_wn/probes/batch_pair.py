@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy
 from lightning_wn.noise_scale.samples import GradientSamples
-from lightning_wn.probes.base import CannotMeasureError, Probe, mean_scale, sample_sizes
+from lightning_wn.probes.base import SAME_EXAMPLES, CannotMeasureError, Probe, mean_scale, sample_sizes
 from lightning_wn.probes.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
 from lightning_wn.summing import summing_dtype
+from lightning_wn.trainer import epoch_has_same_examples
 
 _Result = TypeVar("_Result")
 
@@ -140,6 +141,9 @@ class BatchPairProbe(Probe):
             return None
         model = self._model
         assert model is not None
+        if epoch_has_same_examples(model.trainer, self._micro_batches):
+            self._leave_out(SAME_EXAMPLES)
+            return None
         if self._micro_batches > 1 and not model.automatic_optimization:
             # one batch alone does not let such a copy's optimizer step
             self._leave_out("gradients of several batches are accumulated by hand: use `probe='micro_batch'`")

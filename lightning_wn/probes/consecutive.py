@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
-from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
+from lightning_wn.probes.base import SAME_EXAMPLES, Probe, mean_scale, sample_sizes
 from lightning_wn.probes.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
+from lightning_wn.trainer import epoch_has_same_examples
 
 _TOO_MANY = 3
 """Pairs of other parameters than each other's, beyond the pairs of the same, that make the probe give up."""
@@ -67,6 +68,8 @@ class ConsecutiveProbe(Probe):
         if starts_pair or step - self._step not in (0, 1) or not unchanged:
             self._last = None
         self._ends_pair = every_n_steps > 1 and not starts_pair
+        if isinstance(model, LightningModule) and epoch_has_same_examples(model.trainer, 1):
+            self.refusal = SAME_EXAMPLES
         if not unchanged:
             self._edits.detach()
             self._edits = EditWatch(measured.parameters)
@@ -93,7 +96,7 @@ class ConsecutiveProbe(Probe):
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
         self._edits.detach()
-        if not self._micro_batches:
+        if not self._micro_batches or self.refusal:
             return None
         measured, dtype = self._measured, summing_dtype(self._measured.device)
         scale = mean_scale(self._weight, grad_scale, dtype)
