@@ -321,11 +321,12 @@ def test_ranks_under_losses_that_are_no_means(loss, parts):
         assert found.pairs[0] == pytest.approx(expected.pairs[0], rel=1e-9)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize("by_sizes", [False, True])
-def test_guessed_weights_are_found_out(by_sizes, share):
+@pytest.mark.parametrize(
+    ("by_sizes", "share", "depends"), [(False, 0.0, 0.0), (False, 1.0, 0.0), (True, 0.0, 0.0), (True, 1.0, 1.0)]
+)
+def test_guessed_weights_are_found_out(by_sizes, share, depends):
     """Equal weights were told, and the gradients w_k g_k are what they are."""
-    sizes, gradients = population(1.0, share)
+    sizes, gradients = population(1.0, share, depends=depends)
     n, raw, g, optimizers = draw(sizes, gradients, 8, 2000, by_sizes=by_sizes)
     seen = 8 * (raw / raw.sum(1, keepdim=True))[..., None] * g
     metric = GradientNoiseScale(unit="tokens", ema_decay=1.0)
