@@ -1,8 +1,8 @@
 """What a step costs that the per-example probe measures, beside a plain one, in the same run.
 
 Small transformers at three shapes, with attention made of Linear layers and with ``nn.MultiheadAttention``. Plain
-and measured steps take turns. Run it with ``python benchmarks/per_example_overhead.py`` where lightning_wn is
-installed.
+and measured steps take turns. Last, what the look costs whether examples mix, which the first measured step takes. Run
+it with ``python benchmarks/per_example_overhead.py`` where lightning_wn is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_wn.per_example import find_mixing
 from lightning_wn.probes import BatchCount, MeasuredParameters, PerExampleProbe
 
 
@@ -64,13 +65,43 @@ def clock(*, cpu_time: bool) -> Callable[[], float]:
     return time.process_time if cpu_time else time.perf_counter
 
 
+def transformer(attention: type[nn.Module], width: int, layers: int) -> nn.Module:
+    """Build a language model."""
+    blocks = [Block(width, attention(width)) for _ in range(layers)]
+    return nn.Sequential(nn.Embedding(512, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 512))
+
+
+def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the mean over all tokens."""
+    return nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def look_for_mixing(
+    attention: type[nn.Module], width: int, layers: int, batch: int, length: int, *, repeats: int,
+    now: Callable[[], float],
+) -> tuple[float, float]:  # fmt: skip
+    """Return the median seconds of a plain forward and backward pass, and of a look whether examples mix."""
+    model = transformer(attention, width, layers)
+    tokens = torch.randint(0, 512, (batch, length + 1))
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(repeats):
+        for looks in (False, True):
+            start = now()
+            if looks:
+                assert find_mixing(model, language_loss, tokens, batch).outcome.value == "separate"
+            else:
+                model.zero_grad()
+                language_loss(model, tokens).backward()
+            times[looks].append(now() - start)
+    return statistics.median(times[False]), statistics.median(times[True])
+
+
 def medians(
     attention: type[nn.Module], width: int, layers: int, batch: int, length: int, *, repeats: int,
     now: Callable[[], float],
 ) -> tuple[float, float]:  # fmt: skip
     """Return the median seconds of a plain and of a measured step."""
-    blocks = [Block(width, attention(width)) for _ in range(layers)]
-    model = nn.Sequential(nn.Embedding(512, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 512))
+    model = transformer(attention, width, layers)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     tokens = torch.randint(0, 512, (batch, length + 1))
@@ -82,7 +113,7 @@ def medians(
             if measured:
                 probe.begin(0, 1, model, measured_parameters)
                 probe.before_forward(BatchCount(batch))
-            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss = language_loss(model, tokens)
             optimizer.zero_grad()
             if measured:
                 probe.before_backward(loss)
@@ -123,3 +154,11 @@ if __name__ == "__main__":
                 f"{1 + (measured / plain - 1) / cadence:.4f}x",
                 flush=True,
             )
+        plain, looked = look_for_mixing(
+            attention, 256, 6, 8, 128, repeats=max(arguments.repeats // 5, 3), now=clock(cpu_time=arguments.cpu_time)
+        )
+        print(
+            f"  d=256, 6 layers, 8x128 tokens: a look whether examples mix, once for each way in which layers are "
+            f"used: {looked * 1e3:6.1f} ms, {looked / plain:.1f} plain passes",
+            flush=True,
+        )
