@@ -1,9 +1,11 @@
 """Per-example squared norms by brute force, and the comparison with what the probe measures."""
 
+import pytest
 import torch
 from torch import nn
 
 from lightning_wn.per_example import PerExampleNorms
+from lightning_wn.per_example.engine.projections import compare
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -42,8 +44,17 @@ def measure(model, parameters, run, batch_size, *, steps=1, norms=None, **option
         norms.before_backward(loss)
         loss.backward()
         measured = norms.after_backward()
+        require_agreement(norms)
     norms.detach()
     return measured, state
+
+
+def require_agreement(norms, factor=1.0):
+    """The guard of every measured step: examples add up to the gradient, in each parameter."""
+    found, difference = compare(*norms.checks, norms.projected_gradient())
+    # the guard's own tolerance is 0.01, and 0.05 for what is computed in 16 bits
+    assert difference < (0.05 if norms.low_precision else 1e-3) or not torch.isfinite(difference)
+    assert found == pytest.approx(factor, rel=0.02 if norms.low_precision else 1e-4) or not torch.isfinite(difference)
 
 
 def check(model, run, batch_size, *, parameters=None, tolerance=None, steps=2, **options):

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
 from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private
+from lightning_wn.per_example.engine.forward_hooks import ForwardHooks
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
+from lightning_wn.per_example.engine.projections import NUM_PROJECTIONS, Projections
 from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
@@ -54,6 +55,10 @@ class PerExampleNorms:
 
     Attributes:
         coverage: The share of the model's trainable elements that are measured.
+        checks: After ``after_backward``, what :meth:`projected_gradient` is to be compared with: random projections of
+            Σ_i ∂L/∂θ by example i, shape (parameters, NUM_PROJECTIONS), and Σ_i |∂L/∂θ by example i|² of each
+            parameter, shape (parameters,).
+        low_precision: Whether a layer computed in 16 bits in the last step, so that its gradients are rounded.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -86,13 +91,17 @@ class PerExampleNorms:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.coverage = sum(p.numel() for p in self._parameters) / max(trainable, 1)
         self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
-        self._handles: list[RemovableHandle] = []
-        self._verified: set[tuple[Any, ...]] = set()
+        self._hooks = ForwardHooks(self._layers, self._note_start, self._note_call)
+        self._projections = Projections(parameters)
+        self._place_tensors: dict[tuple[int, ...], Tensor] = {}
+        self._verified: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+        self.checks: tuple[Tensor, Tensor] | None = None
+        self.low_precision = False
         self._batch_size = 0
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self._recording = False
+        self._hooks.take_off()
         self._verification: Verification | None = None
         self._shared = SharedParameters()
         self._calls: list[Call] = []
@@ -100,6 +109,7 @@ class PerExampleNorms:
         self._starts: dict[str, list[tuple[list[int], Context]]] = {}
         self._errors: list[PerExampleError] = []
         self._sq_norms: list[tuple[int, Tensor]] = []
+        self._projected: list[tuple[int, Tensor]] = []
         self._preconditioned: list[Tensor] = []
         self._signature: tuple[Any, ...] = ()
         for slot in self._slots:
@@ -111,34 +121,15 @@ class PerExampleNorms:
         return list(self._parameters)
 
     def attach(self) -> None:
-        """Put the hooks on; they do nothing until a measured forward pass starts.
+        """Look at the model; hooks are on it only from ``before_forward`` to ``after_backward``.
 
         Raises:
             PerExampleError: If the model mixes examples or is compiled.
         """
-        if self._handles:
-            return
         require_separate_examples(self._model)
-        for layer in self._layers:
-            # first in line: the gradient by the layer's own output, before hooks of others change the output
-            def after(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: Layer = layer) -> None:
-                if self._recording:
-                    self._note_call(layer, args, kwargs, output)
-
-            self._handles.append(layer.module.register_forward_hook(after, with_kwargs=True, prepend=True))
-            if layer.rule is None:
-
-                def before(_: nn.Module, args: Any, kwargs: Any, layer: Layer = layer) -> None:
-                    if self._recording:
-                        self._note_start(layer, args, kwargs)
-
-                self._handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
 
     def detach(self) -> None:
         """Take all hooks off and forget the step."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         self._forget()
 
     def before_forward(self, batch_size: int) -> None:
@@ -150,8 +141,9 @@ class PerExampleNorms:
         require_separate_examples(self._model)
         self._forget()
         self._batch_size = batch_size
-        self._recording = True
+        self.low_precision = False
         self._verification = Verification(self._model, self._parameters)
+        self._hooks.put_on()
 
     def before_backward(self, loss: Tensor) -> None:
         """Look at the graph of the loss for tensors that all examples share until they meet the batch."""
@@ -178,16 +170,32 @@ class PerExampleNorms:
         Raises:
             PerExampleError: If the norms of this step would not be exact.
         """
-        self._recording = False
+        self._hooks.take_off()
+        self.checks = None
         try:
             self._try(self._finish)
             if self._errors:
                 raise self._errors[0]
-            if self._verification is not None and self._verification.check():
-                self._verified.add(self._signature)
+            self._conclude_verification()
             return self._sums()
         finally:
             self._forget()
+
+    def projected_gradient(self) -> Tensor:
+        """Return random projections of ``Parameter.grad``, shape (parameters, NUM_PROJECTIONS); see ``checks``."""
+        device = self._measured.device
+        return self._projections.of_gradients(self._slots, device, summing_dtype(device))
+
+    def _conclude_verification(self) -> None:
+        """Judge what was verified; verify again where other outputs got a gradient than in the verified steps."""
+        arrivals = tuple(
+            sorted((call.layer.name, *(output.arrivals for output in call.outputs)) for call in self._calls)
+        )
+        if self._verification is None:
+            if arrivals not in self._verified[self._signature]:
+                del self._verified[self._signature]
+        elif self._verification.check():
+            self._verified.setdefault(self._signature, set()).add(arrivals)
 
     def _forget(self) -> None:
         """Take the step's hooks off and forget what they saw."""
@@ -225,6 +233,7 @@ class PerExampleNorms:
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(o.requires_grad for o in outputs):
             return
+        self.low_precision |= any(o.dtype.itemsize < 4 for o in outputs)
         in_backward = torch._C._current_graph_task_id() != -1
         for slot in layer.slots.values():
             if in_backward:
@@ -308,7 +317,9 @@ class PerExampleNorms:
 
     def _square(self, slot: Slot, forms: Sequence[Form]) -> None:
         slot.squared = True
-        self._sq_norms += [(self._places[id(p)], sq_norms) for p, sq_norms in slot.squared_norms(forms)]
+        sq_norms, along = slot.squared_norms(forms)
+        self._sq_norms += [(self._places[id(p)], own) for p, own in sq_norms]
+        self._projected += self._projections.of_slot(slot, forms, along)
         if self._measured.denominator is not None:
             self._preconditioned.append(slot.preconditioned(forms, self._measured.denominator))
         slot.uses = []
@@ -325,12 +336,31 @@ class PerExampleNorms:
 
         sq_norms = stacked([sq_norms for _, sq_norms in self._sq_norms])
         total = sq_norms.sum(0)
+        self.checks = self._checks(sq_norms)
         if measured.single_column:
             return total
         wide = summing_dtype(device)
         places = [place for place, _ in self._sq_norms]
         columns = measured.add_up(places, sq_norms.to(wide), stacked(self._preconditioned).to(wide))
         return torch.cat((total.unsqueeze(0), columns[1:].to(total.dtype))).T
+
+    def _checks(self, sq_norms: Tensor) -> tuple[Tensor, Tensor]:
+        device, dtype = sq_norms.device, summing_dtype(sq_norms.device)
+        projections = torch.zeros(len(self._places), NUM_PROJECTIONS, device=device, dtype=dtype)
+        sq_sizes = torch.zeros(len(self._places), device=device, dtype=dtype)
+        if self._projected:
+            # each place once, and in the same order as the squared norms
+            places = self._places_on(tuple(place for place, _ in self._projected), device)
+            projected = torch.stack([projected.to(device) for _, projected in self._projected])
+            projections.index_add_(0, places, projected.to(dtype))
+            sq_sizes.index_add_(0, places, sq_norms.sum(1, dtype=dtype))
+        return projections, sq_sizes
+
+    def _places_on(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+        """Places as a tensor; a copy to the device would wait for it."""
+        if places not in self._place_tensors:
+            self._place_tensors = {places: torch.tensor(places, device=device)}
+        return self._place_tensors[places]
 
     def _finish(self) -> None:
         with torch.no_grad():

@@ -30,7 +30,14 @@ def examples_at_once(elements: int, device: torch.device) -> int:
 
 
 def _square_each(grad: Tensor) -> Tensor:
-    return grad.square().reshape(len(grad), -1).sum(1)
+    # of a complex gradient, both parts: z² is not |z|²
+    real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    return real.square().reshape(len(grad), -1).sum(1)
+
+
+def as_real(projected: Tensor) -> Tensor:
+    """Make a real number of a complex one, in which both of its parts count."""
+    return projected.real + projected.imag if projected.is_complex() else projected
 
 
 def _folded(tensor: Tensor, fold: int) -> Tensor:
@@ -76,6 +83,21 @@ class Form:
         """Return the squared norms, shape (B,)."""
         raise NotImplementedError
 
+    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
+        """Return Σ_i leftᵀ gradient_i right for K pairs of vectors, shape (K,).
+
+        Args:
+            shape: The parameter's shape, of which the first dimension are the rows.
+            left: Shape (rows, K).
+            right: Shape (all other elements of a row, K).
+        """
+        parts = [
+            self.examples(slice(start, start + some)).dense(shape)
+            for some in [max(1, _CHUNK // max(1, shape.numel()))]
+            for start in range(0, self.batch_size, some)
+        ]
+        return torch.stack([_project(part, left, right) for part in parts]).sum(0)
+
 
 @dataclass(frozen=True)
 class Dense(Form):
@@ -94,6 +116,10 @@ class Dense(Form):
     def squared(self) -> Tensor:
         """Return the squared norms, shape (B,)."""
         return _square_each(self.grad)
+
+    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
+        """Return Σ_i leftᵀ gradient_i right, shape (K,)."""
+        return _project(self.grad, left, right)
 
 
 @dataclass(frozen=True)
@@ -135,8 +161,19 @@ class Outer(Form):
         """Return the squared norms, shape (B,)."""
         if self.gram_is_cheaper():
             # <Σ_t l_t ⊗ r_t, Σ_s l_s ⊗ r_s> = Σ_ts <l_t, l_s> <r_t, r_s>; written in place, as new memory is slow
-            return (self.left @ self.left.mT).mul_(self.right @ self.right.mT).sum((1, 2, 3))
+            total: Tensor = (self.left @ self.left.mH).mul_(self.right @ self.right.mH).sum((1, 2, 3))
+            return total.real if total.is_complex() else total
+        if self.left.is_complex():
+            return torch.cat([_square_each(grad) for grad in self._products()])
         return torch.cat([grad.square_().sum((1, 2, 3)) for grad in self._products()])
+
+    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
+        """Return Σ_i leftᵀ gradient_i right, shape (K,): Σ_it <left, left_it> <right_it, right>."""
+        _, groups, _, rows = self.left.shape
+        if (groups * rows, self.right.shape[3]) != (len(left), len(right)):
+            return super().projected(shape, left, right)
+        by_left = _times(self.left, left.reshape(groups, rows, -1))
+        return by_left.mul_(_times(self.right, right.expand(groups, *right.shape))).sum((0, 1, 2))
 
     def by_row(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's squared norm and its product with the row of ``direction``, both (B, groups·L).
@@ -206,13 +243,46 @@ class Rows(Form):
 
     def squared(self) -> Tensor:
         """Return the squared norms, shape (B,)."""
-        return self.distinct().values.square().sum((1, 2))
+        return _square_each(self.distinct().values)
+
+    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
+        """Return Σ_i leftᵀ gradient_i right, shape (K,)."""
+        by_row = self.values.reshape(-1, self.values.shape[2]) @ right.to(self.values.dtype)
+        return by_row.mul_(left[self.index.reshape(-1)]).sum(0)
 
     def product(self, other: Outer) -> Tensor:
         """Return each example's inner product with a gradient of the same table, shape (B,)."""
         left, right = other.left[:, 0], other.right[:, 0]  # (B, S, L), (B, S, R)
         picked = left.gather(2, self.index.unsqueeze(1).expand(-1, left.shape[1], -1))
-        return (picked * (right @ self.values.mT)).sum((1, 2))
+        return (picked * (right @ self.values.mH)).sum((1, 2))
+
+
+def _times(factor: Tensor, vectors: Tensor) -> Tensor:
+    """(B, groups, T, F) times (groups, F, K) is (B, groups, T, K), without a copy of the large factor."""
+    vectors = vectors.to(factor.dtype)
+    if factor.shape[1] > 1:
+        return factor @ vectors
+    flat, (matrix,) = factor[:, 0], vectors
+    if flat.is_contiguous():
+        return (flat.flatten(0, 1) @ matrix).reshape(*factor.shape[:3], -1)
+    if flat.transpose(0, 1).is_contiguous():  # as attention has it
+        return (
+            (flat.transpose(0, 1).flatten(0, 1) @ matrix).reshape(*flat.shape[1::-1], -1).transpose(0, 1).unsqueeze(1)
+        )
+    return torch.bmm(flat, matrix.expand(len(flat), *matrix.shape)).unsqueeze(1)
+
+
+def _project(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_i leftᵀ grad_i right, shape (K,), of materialised gradients (B, *shape)."""
+    if len(right) == 1:
+        return (grad.reshape(len(grad), -1).sum(0).unsqueeze(1) * (left * right)).sum(0)
+    by_row = (grad.reshape(-1, len(right)) @ right.to(grad.dtype)).reshape(len(grad), len(left), -1).sum(0)
+    return (by_row * left).sum(0)
+
+
+def project_forms(forms: Sequence[Form], shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_i Σ_uses leftᵀ gradient right for K pairs of vectors, shape (K,), as real numbers."""
+    return as_real(torch.stack([form.projected(shape, left, right) for form in forms]).sum(0))
 
 
 def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
@@ -240,7 +310,8 @@ def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
         outer, rows = added
         assert isinstance(outer, Outer)
         assert isinstance(rows, Rows)
-        total = total + rows.squared() + 2 * rows.product(outer)
+        product = rows.product(outer)
+        total = total + rows.squared() + 2 * (product.real if product.is_complex() else product)
     return total
 
 
@@ -273,5 +344,5 @@ def preconditioned_sq_norms(forms: Sequence[Form], shape: torch.Size, denominato
     added = add_forms(forms, shape)
     if len(added) == 1 and isinstance(added[0], Rows):
         rows = added[0].distinct()
-        return (rows.values / denominator.to(rows.values.dtype)[rows.index]).square().sum((1, 2))
+        return _square_each(rows.values / denominator.to(rows.values.dtype)[rows.index])
     return torch.cat([_square_each(g / denominator.to(g.dtype)) for g in dense_chunks(added, shape)])

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_dense, add_forms, dense_chunks
+from lightning_wn.per_example.rules.gradients import (
+    Form,
+    Outer,
+    Rows,
+    add_dense,
+    add_forms,
+    dense_chunks,
+    project_forms,
+)
 from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
 from lightning_wn.weight_norm.core.torch_weight_norm import legacy_g_and_v, legacy_hooks
 
@@ -44,18 +52,47 @@ class NormalizedWeight:
         return self.gain, self.direction
 
     @torch.no_grad()
-    def squared_norms(self, forms: Sequence[Form], shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return |∂g|² and |∂v|² per example, each of shape (B,).
+    def squared_norms(self, forms: Sequence[Form], shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Return |∂g|² and |∂v|² per example, each of shape (B,), and Σ_i ∂g_i of each unit, shape (units,).
 
         Args:
             forms: The gradient by w of each use of the weight.
             shape: The shape of the weight.
         """
         ratio, unit = self._ratio_and_unit(forms[0].dtype)
-        row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio.square(), self)
+        row_sq, along, place = _by_unit(add_forms(forms, shape), shape, unit, self)
         along_sq = along.square()
+        ratio_sq = ratio.square() if place is None else ratio.square()[place]
         # rounding can make the difference of a gradient along v̂ negative
-        return along_sq.sum(1), (ratio_sq * (row_sq - along_sq).clamp_min(0)).sum(1)
+        by_direction = (ratio_sq * (row_sq - along_sq).clamp_min(0)).sum(1)
+        if place is None:
+            return along_sq.sum(1), by_direction, along.sum(0)
+        total = torch.zeros_like(ratio).index_add_(0, place.flatten(), along.flatten())
+        return along_sq.sum(1), by_direction, total
+
+    @torch.no_grad()
+    def project(
+        self, forms: Sequence[Form], shape: torch.Size, along: Tensor, by_gain: Tensor,
+        by_direction: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return projections of Σ_i ∂g_i and of Σ_i ∂v_i, each of shape (K,).
+
+        Args:
+            forms: The gradient by w of each use of the weight.
+            shape: The shape of the weight.
+            along: Σ_i ∂g_i, shape (units,).
+            by_gain: Vectors to project ∂g on, shape (units, K).
+            by_direction: Pairs of vectors for ∂v, with a unit in each row: shapes (units, K) and (elements, K).
+        """
+        left, right = by_direction
+        ratio, unit = self._ratio_and_unit(forms[0].dtype)
+        left = left * ratio.unsqueeze(1)
+        if self.leading:
+            total = project_forms(forms, shape, left, right)
+        else:
+            weight = torch.stack([grad.sum(0) for grad in dense_chunks(forms, shape)]).sum(0)
+            total = ((self.units(weight).flatten(1) @ right) * left).sum(0)
+        return along @ by_gain, total - ((unit @ right) * left * along.unsqueeze(1)).sum(0)
 
     @torch.no_grad()
     def preconditioned(
@@ -94,21 +131,21 @@ class NormalizedWeight:
 
 
 def _by_unit(
-    forms: Sequence[Form], shape: torch.Size, unit: Tensor, ratio_sq: Tensor, weight: NormalizedWeight
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row² and along, each (B, units), and g²/‖v‖² of the same units."""
+    forms: Sequence[Form], shape: torch.Size, unit: Tensor, weight: NormalizedWeight
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return row² and along, each (B, units); or of some units for each example, and which these are."""
     if weight.leading and len(forms) == 1:
         (form,) = forms
         if isinstance(form, Outer):
             row_sq, along = form.by_row(unit.reshape(form.left.shape[1], -1, unit.shape[1]))
-            return row_sq, along, ratio_sq
+            return row_sq, along, None
         if isinstance(form, Rows):
             rows = form.distinct()
             along = (rows.values * unit[rows.index]).sum(2)
-            return rows.values.square().sum(2), along, ratio_sq[rows.index]
+            return rows.values.square().sum(2), along, rows.index
     grad = add_dense(forms, shape)
     by_unit = torch.vmap(weight.units)(grad).flatten(2)
-    return by_unit.square().sum(2), (by_unit * unit).sum(2), ratio_sq
+    return by_unit.square().sum(2), (by_unit * unit).sum(2), None
 
 
 def normalized_weight_of(module: nn.Module) -> NormalizedWeight | None:
