@@ -15,7 +15,7 @@ from lightning_wn.per_example.engine.attention import AttentionCall, batch_lengt
 from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private
 from lightning_wn.per_example.engine.forward_hooks import ForwardHooks
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
-from lightning_wn.per_example.engine.projections import NUM_PROJECTIONS, Projections
+from lightning_wn.per_example.engine.projections import Projections
 from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
@@ -56,7 +56,7 @@ class PerExampleNorms:
     Attributes:
         coverage: The share of the model's trainable elements that are measured.
         checks: After ``after_backward``, what :meth:`projected_gradient` is to be compared with: random projections of
-            Σ_i ∂L/∂θ by example i, shape (parameters, NUM_PROJECTIONS), and Σ_i |∂L/∂θ by example i|² of each
+            Σ_i ∂L/∂θ by example i, shape (parameters, projections), and Σ_i |∂L/∂θ by example i|² of each
             parameter, shape (parameters,).
         low_precision: Whether a layer computed in 16 bits in the last step, so that its gradients are rounded.
 
@@ -182,7 +182,7 @@ class PerExampleNorms:
             self._forget()
 
     def projected_gradient(self) -> Tensor:
-        """Return random projections of ``Parameter.grad``, shape (parameters, NUM_PROJECTIONS); see ``checks``."""
+        """Return random projections of ``Parameter.grad``, shape (parameters, projections); see ``checks``."""
         device = self._measured.device
         return self._projections.of_gradients(self._slots, device, summing_dtype(device))
 
@@ -346,7 +346,7 @@ class PerExampleNorms:
 
     def _checks(self, sq_norms: Tensor) -> tuple[Tensor, Tensor]:
         device, dtype = sq_norms.device, summing_dtype(sq_norms.device)
-        projections = torch.zeros(len(self._places), NUM_PROJECTIONS, device=device, dtype=dtype)
+        projections = torch.zeros(len(self._places), self._projections.count, device=device, dtype=dtype)
         sq_sizes = torch.zeros(len(self._places), device=device, dtype=dtype)
         if self._projected:
             # each place once, and in the same order as the squared norms

@@ -1,8 +1,8 @@
 """Random projections of every parameter's gradient: do the examples add up to the gradient that the optimizer gets?
 
-A parameter is viewed as a matrix (rows, columns), and its gradient G is projected to sᵀGu with random s and u. For a
-gradient that is known as Σ_t left_t ⊗ right_t that is Σ_t <s, left_t> <right_t, u>: each factor is read once. All
-elements take part, so that a change anywhere is seen in proportion to its size.
+A parameter is viewed as a matrix (rows, columns), and its gradient G is projected to sᵀGu with random u and a few
+random s. For a gradient that is known as Σ_t left_t ⊗ right_t that is Σ_t <s, left_t> <right_t, u>, so that nothing is materialised.
+All elements take part: a change anywhere is seen in proportion to its size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_wn.per_example.engine.layers import Slot
 from lightning_wn.per_example.rules.gradients import Form, as_real, project_forms
 
-NUM_PROJECTIONS = 4
-"""Projections of each parameter: with several, a factor that all have in common can be told from an edit."""
+# a factor that all projections have in common is told from an edit: of few parameters, more are taken
+_FEW = 8
 
 # a gradient that is zero but for rounding (the key bias of attention) is judged by the others
 _FLOOR = 1e-3
@@ -34,10 +34,12 @@ class Projections:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = tuple(parameters)
         self._places = {id(p): place for place, p in enumerate(parameters)}
+        self.count = 2 if len(parameters) >= _FEW else 4
+        """Projections of each parameter."""
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of_slot(self, slot: Slot, forms: Sequence[Form], along: Tensor | None) -> list[tuple[int, Tensor]]:
-        """Return the projections of Σ_i Σ_uses gradient for each measured parameter, each (NUM_PROJECTIONS,).
+        """Return the projections of Σ_i Σ_uses gradient for each measured parameter, each (count,).
 
         Args:
             slot: Which parameters.
@@ -61,20 +63,21 @@ class Projections:
         return [(self._places[id(p)], projected) for p, projected in pairs if any(p is q for q in slot.measured)]
 
     def of_gradients(self, slots: Sequence[Slot], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the same of ``Parameter.grad``, shape (parameters, NUM_PROJECTIONS); zeros where there is none."""
+        """Return the same of ``Parameter.grad``, shape (parameters, count); zeros where there is none."""
         normed = {id(p): slot.weight_norm for slot in slots if slot.weight_norm is not None for p in slot.measured}
         rows: list[Tensor] = []
         for parameter in self._parameters:
             grad = parameter.grad
             if grad is None:
-                rows.append(torch.zeros(NUM_PROJECTIONS, device=device, dtype=dtype))
+                rows.append(torch.zeros(self.count, device=device, dtype=dtype))
                 continue
             matrix = grad.reshape(_matrix(parameter.shape))
             if (weight := normed.get(id(parameter))) is not None:
                 matrix = grad.reshape(-1, 1) if parameter is weight.gain else weight.units(grad).flatten(1)
             left, right = self._vectors_of(parameter, *matrix.shape)
             wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-            projected = ((wide @ right.to(wide.dtype)) * left.to(wide.dtype)).sum(0)
+            by_row = wide[:, 0] * right.to(wide.dtype) if len(right) == 1 else torch.mv(wide, right.to(wide.dtype))
+            projected = by_row @ left.to(wide.dtype)
             rows.append(as_real(projected).to(device, dtype))
         return torch.stack(rows)
 
@@ -84,10 +87,8 @@ class Projections:
             # training must draw the same random numbers with and without a probe
             generator = torch.Generator().manual_seed(place + 1)
             dtype = torch.promote_types(parameter.dtype, torch.float32).to_real()
-            left = torch.randn(rows, NUM_PROJECTIONS, generator=generator)
-            right = torch.ones(1, NUM_PROJECTIONS)
-            if columns != 1:
-                right = torch.randn(columns, NUM_PROJECTIONS, generator=generator)
+            left = torch.randn(rows, self.count, generator=generator)
+            right = torch.ones(1) if columns == 1 else torch.randn(columns, generator=generator)
             self._vectors[place] = left.to(parameter.device, dtype), right.to(parameter.device, dtype)
         return self._vectors[place]
 
@@ -98,7 +99,7 @@ def compare(samples: Tensor, sq_sizes: Tensor, gradient: Tensor) -> tuple[Tensor
     Where the gradient is Σ_i g_i times one factor, as after clipping by norm, the factor is found.
 
     Args:
-        samples: Of Σ_i g_i, shape (parameters, NUM_PROJECTIONS).
+        samples: Of Σ_i g_i, shape (parameters, count).
         sq_sizes: Σ_i |g_i|² of each parameter, shape (parameters,): rounding is in proportion to its root.
         gradient: Of ``Parameter.grad``, like ``samples``.
 

@@ -84,12 +84,12 @@ class Form:
         raise NotImplementedError
 
     def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-        """Return Σ_i leftᵀ gradient_i right for K pairs of vectors, shape (K,).
+        """Return Σ_i leftᵀ gradient_i right, shape (K,).
 
         Args:
             shape: The parameter's shape, of which the first dimension are the rows.
             left: Shape (rows, K).
-            right: Shape (all other elements of a row, K).
+            right: Shape (all other elements of a row,).
         """
         parts = [
             self.examples(slice(start, start + some)).dense(shape)
@@ -172,8 +172,10 @@ class Outer(Form):
         _, groups, _, rows = self.left.shape
         if (groups * rows, self.right.shape[3]) != (len(left), len(right)):
             return super().projected(shape, left, right)
-        by_left = _times(self.left, left.reshape(groups, rows, -1))
-        return by_left.mul_(_times(self.right, right.expand(groups, *right.shape))).sum((0, 1, 2))
+        by_right = _times(self.right, right.expand(groups, -1))
+        by_left = [_times(self.left, some.reshape(groups, rows)) for some in left.unbind(1)]
+        # one product after the other: BLAS is slow at narrow matrices
+        return torch.stack([(some * by_right).sum() for some in by_left])
 
     def by_row(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's squared norm and its product with the row of ``direction``, both (B, groups·L).
@@ -247,8 +249,8 @@ class Rows(Form):
 
     def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
         """Return Σ_i leftᵀ gradient_i right, shape (K,)."""
-        by_row = self.values.reshape(-1, self.values.shape[2]) @ right.to(self.values.dtype)
-        return by_row.mul_(left[self.index.reshape(-1)]).sum(0)
+        by_row = torch.mv(self.values.reshape(-1, self.values.shape[2]), right.to(self.values.dtype))
+        return by_row @ left[self.index.reshape(-1)].to(by_row.dtype)
 
     def product(self, other: Outer) -> Tensor:
         """Return each example's inner product with a gradient of the same table, shape (B,)."""
@@ -258,30 +260,30 @@ class Rows(Form):
 
 
 def _times(factor: Tensor, vectors: Tensor) -> Tensor:
-    """(B, groups, T, F) times (groups, F, K) is (B, groups, T, K), without a copy of the large factor."""
+    """(B, groups, T, F) times (groups, F) is (B, groups, T), without a copy of the large factor."""
     vectors = vectors.to(factor.dtype)
     if factor.shape[1] > 1:
-        return factor @ vectors
-    flat, (matrix,) = factor[:, 0], vectors
+        return (factor @ vectors.unsqueeze(2)).squeeze(3)
+    flat, vector = factor[:, 0], vectors[0]
     if flat.is_contiguous():
-        return (flat.flatten(0, 1) @ matrix).reshape(*factor.shape[:3], -1)
+        return torch.mv(flat.flatten(0, 1), vector).reshape(flat.shape[:2]).unsqueeze(1)
     if flat.transpose(0, 1).is_contiguous():  # as attention has it
-        return (
-            (flat.transpose(0, 1).flatten(0, 1) @ matrix).reshape(*flat.shape[1::-1], -1).transpose(0, 1).unsqueeze(1)
-        )
-    return torch.bmm(flat, matrix.expand(len(flat), *matrix.shape)).unsqueeze(1)
+        product = torch.mv(flat.transpose(0, 1).flatten(0, 1), vector)
+        return product.reshape(flat.shape[1::-1]).T.unsqueeze(1)
+    return torch.bmm(flat, vector.expand(len(flat), 1, -1).mT).mT
 
 
 def _project(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return Σ_i leftᵀ grad_i right, shape (K,), of materialised gradients (B, *shape)."""
     if len(right) == 1:
-        return (grad.reshape(len(grad), -1).sum(0).unsqueeze(1) * (left * right)).sum(0)
-    by_row = (grad.reshape(-1, len(right)) @ right.to(grad.dtype)).reshape(len(grad), len(left), -1).sum(0)
-    return (by_row * left).sum(0)
+        by_row = grad.reshape(len(grad), -1).sum(0) * right.to(grad.dtype)
+    else:
+        by_row = torch.mv(grad.reshape(-1, len(right)), right.to(grad.dtype)).reshape(len(grad), -1).sum(0)
+    return by_row @ left.to(grad.dtype)
 
 
 def project_forms(forms: Sequence[Form], shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-    """Return Σ_i Σ_uses leftᵀ gradient right for K pairs of vectors, shape (K,), as real numbers."""
+    """Return Σ_i Σ_uses leftᵀ gradient right, shape (K,), as real numbers."""
     return as_real(torch.stack([form.projected(shape, left, right) for form in forms]).sum(0))
 
 

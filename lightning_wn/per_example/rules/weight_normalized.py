@@ -82,7 +82,7 @@ class NormalizedWeight:
             shape: The shape of the weight.
             along: Σ_i ∂g_i, shape (units,).
             by_gain: Vectors to project ∂g on, shape (units, K).
-            by_direction: Pairs of vectors for ∂v, with a unit in each row: shapes (units, K) and (elements, K).
+            by_direction: The same for ∂v, with a unit in each row: shapes (units, K) and (elements of a unit,).
         """
         left, right = by_direction
         ratio, unit = self._ratio_and_unit(forms[0].dtype)
@@ -91,8 +91,8 @@ class NormalizedWeight:
             total = project_forms(forms, shape, left, right)
         else:
             weight = torch.stack([grad.sum(0) for grad in dense_chunks(forms, shape)]).sum(0)
-            total = ((self.units(weight).flatten(1) @ right) * left).sum(0)
-        return along @ by_gain, total - ((unit @ right) * left * along.unsqueeze(1)).sum(0)
+            total = (self.units(weight).flatten(1) @ right) @ left
+        return along @ by_gain, total - ((unit @ right) * along) @ left
 
     @torch.no_grad()
     def preconditioned(
