@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
+from lightning_wn.per_example.engine.gradient_blocks import Elements
 from lightning_wn.per_example.engine.norms import PerExampleNorms
-from lightning_wn.per_example.engine.projections import compare
 from lightning_wn.per_example.rules.errors import PerExampleError
 from lightning_wn.probes.base import Probe, mean_scale
 from lightning_wn.probes.requirements import require_one_device
@@ -59,7 +61,7 @@ class PerExampleProbe(Probe):
         self._weights: list[Tensor] = []
         self._examples: float | Tensor = 0.0
         self._total_weight = 0.0
-        self._checks: list[tuple[Tensor, Tensor]] = []
+        self._elements: list[Elements] = []
 
     def require_readable(self, trainer: Trainer, pl_module: LightningModule, *, wrapped: bool) -> None:
         """Raise ValueError on several devices and for models that mix examples or are compiled."""
@@ -78,6 +80,8 @@ class PerExampleProbe(Probe):
         if self._norms is None or model is not self._model or measured is not self._measured:
             self.detach()
             self._attach(model, measured)
+        if self._norms is not None:
+            self._norms.blocks.next_step()
         self._forget_step()
 
     def before_forward(self, count: BatchCount) -> None:
@@ -100,12 +104,11 @@ class PerExampleProbe(Probe):
         if sq_norms is None:
             return
         assert self._norms is not None
-        assert self._norms.checks is not None
-        projections, sq_sizes = self._norms.checks
+        assert self._norms.elements is not None
         device = sq_norms.device
         dtype = summing_dtype(device)
         unscale = 1.0 if loss_scale is None else 1.0 / loss_scale.to(dtype)
-        self._checks.append((projections * unscale, sq_sizes * unscale**2))
+        self._elements.append(self._norms.elements.scaled(unscale))
         scale = weight if loss_scale is None else weight * loss_scale.to(dtype)
         counts = torch.ones(len(sq_norms), device=device, dtype=dtype)
         if self._by_example is not None:
@@ -125,10 +128,9 @@ class PerExampleProbe(Probe):
             return None
         dtype = self._sq_norms[0].dtype
         scale = mean_scale(self._total_weight, grad_scale, dtype)
-        gradient = self._norms.projected_gradient()
-        gradient = gradient if grad_scale is None else gradient / grad_scale.to(gradient)
-        samples, sq_sizes = (torch.stack(parts).sum(0) for parts in zip(*self._checks, strict=True))
-        factor, difference = compare(samples, sq_sizes, gradient)
+        gradient = self._norms.blocks.of_gradient(self._sq_norms[0].device)
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(gradient)
+        factor, difference = self._norms.blocks.compare(reduce(operator.add, self._elements), gradient * unscale)
         self._has_measured = True
         # the parameters have been compared one by one: what is left is one number for all samples
         count = sum(map(len, self._sq_norms))

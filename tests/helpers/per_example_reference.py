@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lightning_wn.per_example import PerExampleNorms
-from lightning_wn.per_example.engine.projections import compare
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -51,7 +50,7 @@ def measure(model, parameters, run, batch_size, *, steps=1, norms=None, **option
 
 def require_agreement(norms, factor=1.0):
     """The guard of every measured step: examples add up to the gradient, in each parameter."""
-    found, difference = compare(*norms.checks, norms.projected_gradient())
+    found, difference = norms.blocks.compare(norms.elements, norms.blocks.of_gradient(norms.elements.values.device))
     # the guard's own tolerance is 0.01, and 0.05 for what is computed in 16 bits
     assert difference < (0.05 if norms.low_precision else 1e-3) or not torch.isfinite(difference)
     assert found == pytest.approx(factor, rel=0.02 if norms.low_precision else 1e-4) or not torch.isfinite(difference)

@@ -14,8 +14,8 @@ from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
 from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private
 from lightning_wn.per_example.engine.forward_hooks import ForwardHooks
+from lightning_wn.per_example.engine.gradient_blocks import Elements, GradientBlocks
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
-from lightning_wn.per_example.engine.projections import Projections
 from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
@@ -55,9 +55,8 @@ class PerExampleNorms:
 
     Attributes:
         coverage: The share of the model's trainable elements that are measured.
-        checks: After ``after_backward``, what :meth:`projected_gradient` is to be compared with: random projections of
-            Σ_i ∂L/∂θ by example i, shape (parameters, projections), and Σ_i |∂L/∂θ by example i|² of each
-            parameter, shape (parameters,).
+        blocks: Compares some elements of Σ_i ∂L/∂θ by example i with those of ``Parameter.grad``.
+        elements: After ``after_backward``, the elements of Σ_i ∂L/∂θ by example i.
         low_precision: Whether a layer computed in 16 bits in the last step, so that its gradients are rounded.
 
     Example:
@@ -92,10 +91,9 @@ class PerExampleNorms:
         self.coverage = sum(p.numel() for p in self._parameters) / max(trainable, 1)
         self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
         self._hooks = ForwardHooks(self._layers, self._note_start, self._note_call)
-        self._projections = Projections(parameters)
-        self._place_tensors: dict[tuple[int, ...], Tensor] = {}
         self._verified: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
-        self.checks: tuple[Tensor, Tensor] | None = None
+        self.blocks = GradientBlocks(parameters, self._slots)
+        self.elements: Elements | None = None
         self.low_precision = False
         self._batch_size = 0
         self._start_afresh()
@@ -109,7 +107,7 @@ class PerExampleNorms:
         self._starts: dict[str, list[tuple[list[int], Context]]] = {}
         self._errors: list[PerExampleError] = []
         self._sq_norms: list[tuple[int, Tensor]] = []
-        self._projected: list[tuple[int, Tensor]] = []
+        self._found: list[tuple[int, Tensor]] = []
         self._preconditioned: list[Tensor] = []
         self._signature: tuple[Any, ...] = ()
         for slot in self._slots:
@@ -171,7 +169,7 @@ class PerExampleNorms:
             PerExampleError: If the norms of this step would not be exact.
         """
         self._hooks.take_off()
-        self.checks = None
+        self.elements = None
         try:
             self._try(self._finish)
             if self._errors:
@@ -180,11 +178,6 @@ class PerExampleNorms:
             return self._sums()
         finally:
             self._forget()
-
-    def projected_gradient(self) -> Tensor:
-        """Return random projections of ``Parameter.grad``, shape (parameters, projections); see ``checks``."""
-        device = self._measured.device
-        return self._projections.of_gradients(self._slots, device, summing_dtype(device))
 
     def _conclude_verification(self) -> None:
         """Judge what was verified; verify again where other outputs got a gradient than in the verified steps."""
@@ -319,7 +312,7 @@ class PerExampleNorms:
         slot.squared = True
         sq_norms, along = slot.squared_norms(forms)
         self._sq_norms += [(self._places[id(p)], own) for p, own in sq_norms]
-        self._projected += self._projections.of_slot(slot, forms, along)
+        self._found += self.blocks.of_slot(slot, forms, along)
         if self._measured.denominator is not None:
             self._preconditioned.append(slot.preconditioned(forms, self._measured.denominator))
         slot.uses = []
@@ -336,31 +329,15 @@ class PerExampleNorms:
 
         sq_norms = stacked([sq_norms for _, sq_norms in self._sq_norms])
         total = sq_norms.sum(0)
-        self.checks = self._checks(sq_norms)
+        sums = sq_norms.sum(1)
+        by_place = {place: sums[row] for row, (place, _) in enumerate(self._sq_norms)}
+        self.elements = self.blocks.join(self._found, by_place, device)
         if measured.single_column:
             return total
         wide = summing_dtype(device)
         places = [place for place, _ in self._sq_norms]
         columns = measured.add_up(places, sq_norms.to(wide), stacked(self._preconditioned).to(wide))
         return torch.cat((total.unsqueeze(0), columns[1:].to(total.dtype))).T
-
-    def _checks(self, sq_norms: Tensor) -> tuple[Tensor, Tensor]:
-        device, dtype = sq_norms.device, summing_dtype(sq_norms.device)
-        projections = torch.zeros(len(self._places), self._projections.count, device=device, dtype=dtype)
-        sq_sizes = torch.zeros(len(self._places), device=device, dtype=dtype)
-        if self._projected:
-            # each place once, and in the same order as the squared norms
-            places = self._places_on(tuple(place for place, _ in self._projected), device)
-            projected = torch.stack([projected.to(device) for _, projected in self._projected])
-            projections.index_add_(0, places, projected.to(dtype))
-            sq_sizes.index_add_(0, places, sq_norms.sum(1, dtype=dtype))
-        return projections, sq_sizes
-
-    def _places_on(self, places: tuple[int, ...], device: torch.device) -> Tensor:
-        """Places as a tensor; a copy to the device would wait for it."""
-        if places not in self._place_tensors:
-            self._place_tensors = {places: torch.tensor(places, device=device)}
-        return self._place_tensors[places]
 
     def _finish(self) -> None:
         with torch.no_grad():

@@ -20,6 +20,9 @@ _MEMORY_COST = 64
 # how many elements of gradients are materialised at a time, or one example's, where that is more
 _CHUNK = 2**21
 
+# from so many positions on, examples are worth a matrix product each
+_LONG = 32
+
 # on a CPU, a materialised product is squared while it lies in the cache; elsewhere a few large steps are better
 _CACHED = 2**18
 
@@ -35,9 +38,23 @@ def _square_each(grad: Tensor) -> Tensor:
     return real.square().reshape(len(grad), -1).sum(1)
 
 
-def as_real(projected: Tensor) -> Tensor:
-    """Make a real number of a complex one, in which both of its parts count."""
-    return projected.real + projected.imag if projected.is_complex() else projected
+@dataclass(frozen=True)
+class Block:
+    """Some rows and columns of a parameter that is viewed as a matrix; a vector is one row.
+
+    Attributes:
+        shape: How many rows and columns the parameter has.
+        rows: Which of them.
+        columns: Which of them.
+    """
+
+    shape: tuple[int, int]
+    rows: slice
+    columns: slice
+
+    def of(self, gradient: Tensor) -> Tensor:
+        r"""Cut the block out of (\*shape)."""
+        return gradient.reshape(self.shape)[self.rows, self.columns]
 
 
 def _folded(tensor: Tensor, fold: int) -> Tensor:
@@ -83,20 +100,11 @@ class Form:
         """Return the squared norms, shape (B,)."""
         raise NotImplementedError
 
-    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-        """Return Σ_i leftᵀ gradient_i right, shape (K,).
-
-        Args:
-            shape: The parameter's shape, of which the first dimension are the rows.
-            left: Shape (rows, K).
-            right: Shape (all other elements of a row,).
-        """
-        parts = [
-            self.examples(slice(start, start + some)).dense(shape)
-            for some in [max(1, _CHUNK // max(1, shape.numel()))]
-            for start in range(0, self.batch_size, some)
-        ]
-        return torch.stack([_project(part, left, right) for part in parts]).sum(0)
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        some = max(1, _CHUNK // max(1, shape.numel()))
+        parts = [self.examples(slice(n, n + some)).dense(shape).sum(0) for n in range(0, self.batch_size, some)]
+        return block.of(torch.stack(parts).sum(0))
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ class Dense(Form):
         """Return the squared norms, shape (B,)."""
         return _square_each(self.grad)
 
-    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-        """Return Σ_i leftᵀ gradient_i right, shape (K,)."""
-        return _project(self.grad, left, right)
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        return self.grad.reshape(-1, *block.shape)[:, block.rows, block.columns].sum(0)
 
 
 @dataclass(frozen=True)
@@ -167,15 +175,17 @@ class Outer(Form):
             return torch.cat([_square_each(grad) for grad in self._products()])
         return torch.cat([grad.square_().sum((1, 2, 3)) for grad in self._products()])
 
-    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-        """Return Σ_i leftᵀ gradient_i right, shape (K,): Σ_it <left, left_it> <right_it, right>."""
-        _, groups, _, rows = self.left.shape
-        if (groups * rows, self.right.shape[3]) != (len(left), len(right)):
-            return super().projected(shape, left, right)
-        by_right = _times(self.right, right.expand(groups, -1))
-        by_left = [_times(self.left, some.reshape(groups, rows)) for some in left.unbind(1)]
-        # one product after the other: BLAS is slow at narrow matrices
-        return torch.stack([(some * by_right).sum() for some in by_left])
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        _, groups, length, rows = self.left.shape
+        if (groups * rows, self.right.shape[3]) != block.shape:
+            return super().summed(shape, block)
+        if groups > 1:
+            return (self.left.mT @ self.right[..., block.columns]).sum(0).flatten(0, 1)[block.rows]
+        left, right = self.left[:, 0, :, block.rows], self.right[:, 0, :, block.columns]
+        if length < _LONG:
+            return left.flatten(0, 1).mT @ right.flatten(0, 1)
+        return torch.bmm(left.mT, right).sum(0)  # without copies
 
     def by_row(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's squared norm and its product with the row of ``direction``, both (B, groups·L).
@@ -247,44 +257,16 @@ class Rows(Form):
         """Return the squared norms, shape (B,)."""
         return _square_each(self.distinct().values)
 
-    def projected(self, shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-        """Return Σ_i leftᵀ gradient_i right, shape (K,)."""
-        by_row = torch.mv(self.values.reshape(-1, self.values.shape[2]), right.to(self.values.dtype))
-        return by_row @ left[self.index.reshape(-1)].to(by_row.dtype)
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        values = self.values[..., block.columns].flatten(0, 1)
+        return values.new_zeros(block.shape[0], values.shape[1]).index_add_(0, self.index.flatten(), values)[block.rows]
 
     def product(self, other: Outer) -> Tensor:
         """Return each example's inner product with a gradient of the same table, shape (B,)."""
         left, right = other.left[:, 0], other.right[:, 0]  # (B, S, L), (B, S, R)
         picked = left.gather(2, self.index.unsqueeze(1).expand(-1, left.shape[1], -1))
         return (picked * (right @ self.values.mH)).sum((1, 2))
-
-
-def _times(factor: Tensor, vectors: Tensor) -> Tensor:
-    """(B, groups, T, F) times (groups, F) is (B, groups, T), without a copy of the large factor."""
-    vectors = vectors.to(factor.dtype)
-    if factor.shape[1] > 1:
-        return (factor @ vectors.unsqueeze(2)).squeeze(3)
-    flat, vector = factor[:, 0], vectors[0]
-    if flat.is_contiguous():
-        return torch.mv(flat.flatten(0, 1), vector).reshape(flat.shape[:2]).unsqueeze(1)
-    if flat.transpose(0, 1).is_contiguous():  # as attention has it
-        product = torch.mv(flat.transpose(0, 1).flatten(0, 1), vector)
-        return product.reshape(flat.shape[1::-1]).T.unsqueeze(1)
-    return torch.bmm(flat, vector.expand(len(flat), 1, -1).mT).mT
-
-
-def _project(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return Σ_i leftᵀ grad_i right, shape (K,), of materialised gradients (B, *shape)."""
-    if len(right) == 1:
-        by_row = grad.reshape(len(grad), -1).sum(0) * right.to(grad.dtype)
-    else:
-        by_row = torch.mv(grad.reshape(-1, len(right)), right.to(grad.dtype)).reshape(len(grad), -1).sum(0)
-    return by_row @ left.to(grad.dtype)
-
-
-def project_forms(forms: Sequence[Form], shape: torch.Size, left: Tensor, right: Tensor) -> Tensor:
-    """Return Σ_i Σ_uses leftᵀ gradient right, shape (K,), as real numbers."""
-    return as_real(torch.stack([form.projected(shape, left, right) for form in forms]).sum(0))
 
 
 def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_wn.per_example.rules.gradients import (
-    Form,
-    Outer,
-    Rows,
-    add_dense,
-    add_forms,
-    dense_chunks,
-    project_forms,
-)
+from lightning_wn.per_example.rules.gradients import Block, Form, Outer, Rows, add_dense, add_forms, dense_chunks
 from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
 from lightning_wn.weight_norm.core.torch_weight_norm import legacy_g_and_v, legacy_hooks
 
@@ -71,28 +63,23 @@ class NormalizedWeight:
         return along_sq.sum(1), by_direction, total
 
     @torch.no_grad()
-    def project(
-        self, forms: Sequence[Form], shape: torch.Size, along: Tensor, by_gain: Tensor,
-        by_direction: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return projections of Σ_i ∂g_i and of Σ_i ∂v_i, each of shape (K,).
+    def summed(self, forms: Sequence[Form], shape: torch.Size, along: Tensor, block: Block) -> Tensor:
+        """Return a block of Σ_i ∂v_i, with a unit in each row, shape (rows, columns).
 
         Args:
             forms: The gradient by w of each use of the weight.
             shape: The shape of the weight.
             along: Σ_i ∂g_i, shape (units,).
-            by_gain: Vectors to project ∂g on, shape (units, K).
-            by_direction: The same for ∂v, with a unit in each row: shapes (units, K) and (elements of a unit,).
+            block: Which units, and which of their elements.
         """
-        left, right = by_direction
         ratio, unit = self._ratio_and_unit(forms[0].dtype)
-        left = left * ratio.unsqueeze(1)
         if self.leading:
-            total = project_forms(forms, shape, left, right)
+            by_weight = torch.stack([form.summed(shape, block) for form in forms]).sum(0)
         else:
-            weight = torch.stack([grad.sum(0) for grad in dense_chunks(forms, shape)]).sum(0)
-            total = (self.units(weight).flatten(1) @ right) @ left
-        return along @ by_gain, total - ((unit @ right) * along) @ left
+            whole = torch.stack([grad.sum(0) for grad in dense_chunks(forms, shape)]).sum(0)
+            by_weight = block.of(self.units(whole))
+        ratio, unit, along = ratio[block.rows], unit[block.rows, block.columns], along[block.rows]
+        return ratio.unsqueeze(1) * (by_weight - along.unsqueeze(1) * unit)
 
     @torch.no_grad()
     def preconditioned(
