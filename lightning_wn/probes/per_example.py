@@ -92,7 +92,9 @@ class PerExampleProbe(Probe):
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Let the rules look at the graph of the loss."""
         if loss is not None:
-            self._try(lambda norms: norms.before_backward(loss))
+            counts = None if self._by_example is None else self._by_example.to(loss.device)
+            shares = None if counts is None else counts.clamp_min(0) / counts.clamp_min(0).sum()
+            self._try(lambda norms: norms.before_backward(loss, shares))
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Close one micro-batch: the loss was ``weight * loss_scale`` times a mean over what is counted.

@@ -19,8 +19,9 @@ from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_l
 from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
+from lightning_wn.per_example.engine.weight_terms import WeightTerms
 from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice, require_separate_examples
-from lightning_wn.per_example.rules.gradients import Dense, Form
+from lightning_wn.per_example.rules.gradients import Common, Dense, Form
 from lightning_wn.summing import summing_dtype
 
 
@@ -109,6 +110,7 @@ class PerExampleNorms:
         self._sq_norms: list[tuple[int, Tensor]] = []
         self._found: list[tuple[int, Tensor]] = []
         self._preconditioned: list[Tensor] = []
+        self._common: dict[int, Common] = {}
         self._signature: tuple[Any, ...] = ()
         for slot in self._slots:
             slot.forget()
@@ -143,18 +145,36 @@ class PerExampleNorms:
         self._verification = Verification(self._model, self._parameters)
         self._hooks.put_on()
 
-    def before_backward(self, loss: Tensor) -> None:
-        """Look at the graph of the loss for tensors that all examples share until they meet the batch."""
-        self._try(self._shared.watch, loss, self._batch_size, self._calls, self._layers)
+    def before_backward(self, loss: Tensor, shares: Tensor | None = None) -> None:
+        """Look at the graph of the loss for tensors that all examples share until they meet the batch.
+
+        Args:
+            loss: What is about to be back-propagated.
+            shares: Each example's share of the loss and of its weight-only terms, shape (B,); equal by default.
+        """
+        self._try(self._look_at_graph, loss, shares)
         signature: list[tuple[Any, ...]] = [
             (call.layer.name, call.shared is not None, *call.axes(self._batch_size)) for call in self._calls
         ]
         signature += [(attention.name, "graph") for attention in self._attentions]
+        terms = [("term", index) for index, p in enumerate(self._parameters) if id(p) in self._common]
+        signature += terms
         shared = [index for index, p in enumerate(self._parameters) if id(p) in self._shared.gradients]
         self._signature = (*sorted(signature, key=str), *shared)
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
             self._verification = None
+
+    def _look_at_graph(self, loss: Tensor, shares: Tensor | None) -> None:
+        terms = WeightTerms(loss, {id(p) for p in self._model.parameters()})
+        self._shared.watch(loss, self._batch_size, self._calls, self._layers, terms.nodes)
+        for call in self._calls:
+            call.leave_to_children()
+        self._common = terms.in_common(self._layers, self._batch_size, shares)
+        if self._verification is not None:
+            for parameter in self._parameters:
+                if (common := self._common.get(id(parameter))) is not None:
+                    self._verification.add_part(parameter, common.grad)
 
     def after_backward(self) -> Tensor:
         """Return Σ over the measured parameters of |∂L/∂θ by example i|², shape (B,).
@@ -310,6 +330,7 @@ class PerExampleNorms:
 
     def _square(self, slot: Slot, forms: Sequence[Form]) -> None:
         slot.squared = True
+        forms = [*forms, *(self._common[id(p)] for p in slot.measured if id(p) in self._common)]
         sq_norms, along = slot.squared_norms(forms)
         self._sq_norms += [(self._places[id(p)], own) for p, own in sq_norms]
         self._found += self.blocks.of_slot(slot, forms, along)
@@ -350,7 +371,7 @@ class PerExampleNorms:
                     self._run_again(call)
             # some uses of a parameter may have no gradient: an output that the loss does not depend on
             for slot in self._slots:
-                if slot.uses:
+                if slot.uses or (not slot.squared and any(id(p) in self._common for p in slot.measured)):
                     self._square(slot, slot.uses)
 
     def _take_shared_parameters(self) -> None:
@@ -358,16 +379,18 @@ class PerExampleNorms:
             for name, parameter in layer.parameters.items():
                 shared = self._shared.gradients.get(id(parameter))
                 slot = layer.slots.get(name)
-                if shared is None or shared.grad is None or slot is None or slot.squared:
+                if shared is None or not shared.forms or slot is None or slot.squared:
                     continue
                 if self._verification is not None:
-                    self._verification.add_part(parameter, shared.grad.sum(0))
-                self._square(slot, [Dense(shared.grad)])
+                    for form in shared.forms:
+                        self._verification.add_form(parameter, form)
+                self._square(slot, shared.forms)
 
     def _run_again(self, call: Call) -> None:
         """Apply the generic rule."""
         layer = call.layer
-        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared.gradients}
+        answered = call.without | set(self._shared.gradients)
+        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in answered}
         if not parameters or not any(output.arrivals for output in call.outputs):
             return
         for name, grad in Rerun(call, parameters, self._batch_size).gradients().items():

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_wn.noise_scale.preconditioning import divide
+
 # writing and reading back an element that was materialised costs about this many multiplications in a matrix
 # product; measured on a CPU, and about the ratio of an H100's float32 and memory throughput
 _MEMORY_COST = 64
@@ -269,6 +271,51 @@ class Rows(Form):
         return (picked * (right @ self.values.mH)).sum((1, 2))
 
 
+@dataclass(frozen=True)
+class Common(Form):
+    """A gradient that all examples have in common, each in its share: shares_i · grad.
+
+    Attributes:
+        shares: Shape (B,).
+        grad: Shape (*weight).
+    """
+
+    shares: Tensor
+    grad: Tensor
+
+    def examples(self, some: slice) -> Common:
+        """Keep some examples."""
+        return replace(self, shares=self.shares[some])
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """Materialise: shape (B, *shape)."""
+        return self.shares.reshape(-1, *[1] * len(shape)) * self.grad
+
+    def squared(self) -> Tensor:
+        """Return the squared norms, shape (B,)."""
+        return self.shares.square() * _square_each(self.grad.unsqueeze(0))
+
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        return block.of(self.grad) * self.shares.sum()
+
+    def product(self, other: Form, shape: torch.Size) -> Tensor:
+        """Return each example's inner product with another gradient, shape (B,)."""
+        conjugate = self.grad.conj().resolve_conj()
+        if isinstance(other, Outer):
+            _, groups, _, rows = other.left.shape
+            product = ((other.left @ conjugate.reshape(groups, rows, -1)) * other.right).sum((1, 2, 3))
+        elif isinstance(other, Rows):
+            product = (other.values * conjugate[other.index]).sum((1, 2))
+        else:
+            some = max(1, _CHUNK // max(1, shape.numel()))
+            parts = [other.examples(slice(n, n + some)).dense(shape) for n in range(0, other.batch_size, some)]
+            product = torch.cat(
+                [(part * conjugate).flatten(1).sum(1) for part in (p.reshape(len(p), *shape) for p in parts)]
+            )
+        return self.shares * (product.real if product.is_complex() else product)
+
+
 def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
     """Add several uses of one parameter, as far as their forms allow without materialising."""
     outers = [form for form in forms if isinstance(form, Outer)]
@@ -287,6 +334,12 @@ def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
 
 def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     """Return |Σ_uses gradient|² per example, shape (B,); a parameter's uses are added before squaring."""
+    common = [form for form in forms if isinstance(form, Common)]
+    if common and len(forms) > 1:
+        # |a + b|² = |a|² + |b|² + 2<a, b>, and b is a whole tensor
+        others = [form for form in forms if not isinstance(form, Common)]
+        products = torch.stack([common[0].product(form, shape) for form in others]).sum(0)
+        return squared_norms(others, shape) + common[0].squared() + 2 * products
     added = add_forms(forms, shape)
     total = added[0].squared()
     if len(added) == 2:
@@ -328,5 +381,5 @@ def preconditioned_sq_norms(forms: Sequence[Form], shape: torch.Size, denominato
     added = add_forms(forms, shape)
     if len(added) == 1 and isinstance(added[0], Rows):
         rows = added[0].distinct()
-        return _square_each(rows.values / denominator.to(rows.values.dtype)[rows.index])
-    return torch.cat([_square_each(g / denominator.to(g.dtype)) for g in dense_chunks(added, shape)])
+        return _square_each(divide(rows.values, denominator[rows.index]))
+    return torch.cat([_square_each(divide(g, denominator)) for g in dense_chunks(added, shape)])
