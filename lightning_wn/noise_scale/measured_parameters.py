@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_wn.module_selectors import ModuleSelection, as_selectors, matcher, show_selection
 from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype, require_dense
-from lightning_wn.noise_scale.preconditioning import Denominator
+from lightning_wn.noise_scale.preconditioning import Denominator, divide
 from lightning_wn.summing import summing_dtype
 from lightning_wn.text import some
 
@@ -92,7 +92,7 @@ class MeasuredParameters:
         denominator = self.denominator(self.parameters[place])
         if denominator is None:
             return torch.full((), torch.nan, device=gradient.device)
-        norm: Tensor = torch.linalg.vector_norm(gradient / denominator, dtype=norm_dtype(gradient.dtype))
+        norm: Tensor = torch.linalg.vector_norm(divide(gradient, denominator), dtype=norm_dtype(gradient.dtype))
         return norm
 
     def sq_norms_of(self, gradients: Sequence[Tensor | None], scale: Tensor) -> Tensor:

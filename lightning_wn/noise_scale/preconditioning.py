@@ -28,6 +28,16 @@ _WITHOUT_SECOND_MOMENT = (
 )
 
 
+def divide(gradient: Tensor, denominator: Tensor) -> Tensor:
+    """Divide element by element; of complex tensors, each part by its own."""
+    if not gradient.is_complex():
+        return gradient / denominator.to(gradient.dtype)
+    if not denominator.is_complex():
+        return gradient / denominator
+    parts = torch.view_as_real(gradient.resolve_conj()), torch.view_as_real(denominator)
+    return torch.view_as_complex(parts[0] / parts[1].to(parts[0].dtype))
+
+
 class AdamDenominator:
     """√v̂ + ε for each parameter, as Adam, AdamW and their kin keep it (Kingma & Ba, arXiv 1412.6980, algorithm 1).
 
@@ -65,6 +75,9 @@ class AdamDenominator:
         dtype = summing_dtype(step.device)
         # a power near one, subtracted from one: float32 would lose digits
         correction = 1.0 - torch.as_tensor(group["betas"][1], device=step.device, dtype=dtype) ** step.to(dtype)
+        if second.is_complex():  # one moment for each part
+            parts = torch.view_as_real(second)
+            return torch.view_as_complex((parts / correction.to(parts)).sqrt_().add_(group["eps"]))
         return (second / correction.to(second)).sqrt_().add_(group["eps"])
 
     def _group(self, parameter: nn.Parameter) -> dict[str, Any]:

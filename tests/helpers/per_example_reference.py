@@ -1,5 +1,6 @@
 """Per-example squared norms by brute force, and the comparison with what the probe measures."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,8 +43,17 @@ def measure(model, parameters, run, batch_size, *, steps=1, norms=None, **option
         norms.before_backward(loss)
         loss.backward()
         measured = norms.after_backward()
+        require_agreement(norms)
     norms.detach()
     return measured, state
+
+
+def require_agreement(norms, factor=1.0):
+    """The guard of every measured step: examples add up to the gradient, in each parameter."""
+    found, difference = norms.blocks.compare(norms.elements, norms.blocks.of_gradient(norms.elements.values.device))
+    # the guard's own tolerance is 0.01, and 0.05 for what is computed in 16 bits
+    assert difference < (0.05 if norms.low_precision else 1e-3) or not torch.isfinite(difference)
+    assert found == pytest.approx(factor, rel=0.02 if norms.low_precision else 1e-4) or not torch.isfinite(difference)
 
 
 def check(model, run, batch_size, *, parameters=None, tolerance=None, steps=2, **options):

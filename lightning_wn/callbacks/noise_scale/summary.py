@@ -27,11 +27,13 @@ WARNINGS = {
         "`batch_size_fn` return what the loss is a mean over."
     ),
     Rejection.MISMATCH: (
-        "the micro-batch gradients do not add up to the gradient that the optimizer uses, and those steps are left "
-        "out; likely causes are a lossy DDP communication hook (PowerSGD), local SGD, parameters that were frozen when "
-        "DDP wrapped the model (it never averages their gradients: leave them trainable until training starts), a "
-        "gradient left over from an accumulation factor that changed in mid-window, or a hook or callback that edits "
-        "gradients before this one: remove it, or list this callback before it."
+        "the gradients of the samples (micro-batches or examples) do not add up to the gradient that the optimizer "
+        "uses, and those steps are left out; likely causes are gradients that are edited before this callback reads "
+        "them (clipped by value or layer by layer, rows set to zero, noise, hooks on tensors: edit them in a callback "
+        "that stands after this one, or let Lightning clip), weights that the loss uses past their layer's forward "
+        "(measure with another probe), a lossy DDP communication hook (PowerSGD), local SGD, parameters that were "
+        "frozen when DDP wrapped the model (it never averages their gradients: leave them trainable until training "
+        "starts), or a gradient left over from an accumulation factor that changed in mid-window."
     ),
     Rejection.IRREGULAR: (
         "a gradient came in several parts, or was changed before the optimizer's step, and those steps are left out; "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_wn.per_example.engine.shared_tensors import saved_tensors_are_packed
 from lightning_wn.per_example.rules.errors import reached_twice
 from lightning_wn.per_example.rules.gradients import Dense, Form, Outer
 from lightning_wn.per_example.rules.registry import computes_like
@@ -159,7 +160,7 @@ def find_projections(
     Returns:
         None if one is used in another way.
     """
-    if _saved_tensors_are_packed():
+    if saved_tensors_are_packed():
         return None
     names = {id(p): name for name, p in parameters.items()}
     found: list[Projection] = []
@@ -198,12 +199,3 @@ def _use(
         return None
     # packed projections are split 1 + 1 + 1 or 1 + 2 times as long as the module is wide
     return Projection(node, names[id(parameter)], part * module.embed_dim, saved)
-
-
-def _saved_tensors_are_packed() -> bool:
-    """Whether saved tensors go through hooks (checkpointing, offloading), which bear being read only once.
-
-    PyTorch 2.6 does not tell; there it is taken for true.
-    """
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None

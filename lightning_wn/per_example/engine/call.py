@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class Call:
         context: Random state and autocast at the call, for layers without a rule.
         input_has_history: Whether the input came out of other operations of the graph.
         shared: Where the result meets the batch, if all examples share it.
+        without: Parameters, by identity, that the module holds and leaves to a child to use.
     """
 
     layer: Layer
@@ -83,11 +84,18 @@ class Call:
     context: Context | None
     input_has_history: bool
     shared: SharedGradient | None = None
+    without: set[int] = field(default_factory=set)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def leave_to_children(self) -> None:
+        """Expect no gradient of the parameters that the module holds ``without`` using them."""
+        for name, parameter in self.layer.parameters.items():
+            if id(parameter) in self.without and name in self.layer.slots:
+                self.layer.slots[name].calls -= 1
 
     def require_intact(self) -> None:
         """Raise if an argument is no longer what the layer got.

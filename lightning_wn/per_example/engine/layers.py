@@ -49,13 +49,16 @@ class Slot:
         """
         return self.calls or self.calls_in_backward
 
-    def squared_norms(self, forms: Sequence[Form]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return each measured parameter's |Σ_uses gradient|² per example, shape (B,)."""
+    def squared_norms(self, forms: Sequence[Form]) -> tuple[list[tuple[nn.Parameter, Tensor]], Tensor | None]:
+        """Return each measured parameter's |Σ_uses gradient|² per example, shape (B,).
+
+        With them, of a weight-normalized weight, the sum over examples of each unit's gradient by g.
+        """
         if self.weight_norm is None:
-            return [(self.measured[0], squared_norms(forms, self.shape))]
-        by_gain, by_direction = self.weight_norm.squared_norms(forms, self.shape)
+            return [(self.measured[0], squared_norms(forms, self.shape))], None
+        by_gain, by_direction, along = self.weight_norm.squared_norms(forms, self.shape)
         parts = zip(self.weight_norm.parameters, (by_gain, by_direction), strict=True)
-        return [(parameter, part) for parameter, part in parts if any(parameter is p for p in self.measured)]
+        return [(parameter, part) for parameter, part in parts if any(parameter is p for p in self.measured)], along
 
     def preconditioned(self, forms: Sequence[Form], denominator: Denominator) -> Tensor:
         """Return |Σ_uses gradient / denominator|² per example over the measured parameters, shape (B,)."""

@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
 from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private
+from lightning_wn.per_example.engine.forward_hooks import ForwardHooks
+from lightning_wn.per_example.engine.gradient_blocks import Elements, GradientBlocks
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
 from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
+from lightning_wn.per_example.engine.weight_terms import WeightTerms
 from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice, require_separate_examples
-from lightning_wn.per_example.rules.gradients import Dense, Form
+from lightning_wn.per_example.rules.gradients import Common, Dense, Form
 from lightning_wn.summing import summing_dtype
 
 
@@ -56,6 +58,9 @@ class PerExampleNorms:
         coverage: The share of the model's trainable elements that are measured.
         dims: In a step that is verified, the dimension in which each layer's examples were taken to be, None where all
             share what it gives; None in other steps.
+        blocks: Compares some elements of Σ_i ∂L/∂θ by example i with those of ``Parameter.grad``.
+        elements: After ``after_backward``, the elements of Σ_i ∂L/∂θ by example i.
+        low_precision: Whether a layer computed in 16 bits in the last step, so that its gradients are rounded.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -88,14 +93,17 @@ class PerExampleNorms:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.coverage = sum(p.numel() for p in self._parameters) / max(trainable, 1)
         self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
-        self._handles: list[RemovableHandle] = []
-        self._verified: set[tuple[Any, ...]] = set()
         self.dims: dict[str, BatchDim | None] | None = None
+        self._hooks = ForwardHooks(self._layers, self._note_start, self._note_call)
+        self._verified: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+        self.blocks = GradientBlocks(parameters, self._slots)
+        self.elements: Elements | None = None
+        self.low_precision = False
         self._batch_size = 0
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self._recording = False
+        self._hooks.take_off()
         self._verification: Verification | None = None
         self._shared = SharedParameters()
         self._calls: list[Call] = []
@@ -103,7 +111,9 @@ class PerExampleNorms:
         self._starts: dict[str, list[tuple[list[int], Context]]] = {}
         self._errors: list[PerExampleError] = []
         self._sq_norms: list[tuple[int, Tensor]] = []
+        self._found: list[tuple[int, Tensor]] = []
         self._preconditioned: list[Tensor] = []
+        self._common: dict[int, Common] = {}
         self._signature: tuple[Any, ...] = ()
         for slot in self._slots:
             slot.forget()
@@ -114,34 +124,15 @@ class PerExampleNorms:
         return list(self._parameters)
 
     def attach(self) -> None:
-        """Put the hooks on; they do nothing until a measured forward pass starts.
+        """Look at the model; hooks are on it only from ``before_forward`` to ``after_backward``.
 
         Raises:
             PerExampleError: If the model mixes examples or is compiled.
         """
-        if self._handles:
-            return
         require_separate_examples(self._model)
-        for layer in self._layers:
-            # first in line: the gradient by the layer's own output, before hooks of others change the output
-            def after(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: Layer = layer) -> None:
-                if self._recording:
-                    self._note_call(layer, args, kwargs, output)
-
-            self._handles.append(layer.module.register_forward_hook(after, with_kwargs=True, prepend=True))
-            if layer.rule is None:
-
-                def before(_: nn.Module, args: Any, kwargs: Any, layer: Layer = layer) -> None:
-                    if self._recording:
-                        self._note_start(layer, args, kwargs)
-
-                self._handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
 
     def detach(self) -> None:
         """Take all hooks off and forget the step."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         self._forget()
 
     def before_forward(self, batch_size: int) -> None:
@@ -153,22 +144,41 @@ class PerExampleNorms:
         require_separate_examples(self._model)
         self._forget()
         self._batch_size = batch_size
-        self._recording = True
+        self.low_precision = False
         self._verification = Verification(self._model, self._parameters)
+        self._hooks.put_on()
 
-    def before_backward(self, loss: Tensor) -> None:
-        """Look at the graph of the loss for tensors that all examples share until they meet the batch."""
-        self._try(self._shared.watch, loss, self._batch_size, self._calls, self._layers)
+    def before_backward(self, loss: Tensor, shares: Tensor | None = None) -> None:
+        """Look at the graph of the loss for tensors that all examples share until they meet the batch.
+
+        Args:
+            loss: What is about to be back-propagated.
+            shares: Each example's share of the loss and of its weight-only terms, shape (B,); equal by default.
+        """
+        self._try(self._look_at_graph, loss, shares)
         signature: list[tuple[Any, ...]] = [
             (call.layer.name, call.shared is not None, *call.axes(self._batch_size)) for call in self._calls
         ]
         signature += [(attention.name, "graph") for attention in self._attentions]
+        terms = [("term", index) for index, p in enumerate(self._parameters) if id(p) in self._common]
+        signature += terms
         shared = [index for index, p in enumerate(self._parameters) if id(p) in self._shared.gradients]
         self._signature = (*sorted(signature, key=str), *shared)
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
             self._verification = None
         self.dims = None if self._verification is None else self._dims_taken()
+
+    def _look_at_graph(self, loss: Tensor, shares: Tensor | None) -> None:
+        terms = WeightTerms(loss, {id(p) for p in self._model.parameters()})
+        self._shared.watch(loss, self._batch_size, self._calls, self._layers, terms.nodes)
+        for call in self._calls:
+            call.leave_to_children()
+        self._common = terms.in_common(self._layers, self._batch_size, shares)
+        if self._verification is not None:
+            for parameter in self._parameters:
+                if (common := self._common.get(id(parameter))) is not None:
+                    self._verification.add_part(parameter, common.grad)
 
     def after_backward(self) -> Tensor:
         """Return Σ over the measured parameters of |∂L/∂θ by example i|², shape (B,).
@@ -182,13 +192,13 @@ class PerExampleNorms:
         Raises:
             PerExampleError: If the norms of this step would not be exact.
         """
-        self._recording = False
+        self._hooks.take_off()
+        self.elements = None
         try:
             self._try(self._finish)
             if self._errors:
                 raise self._errors[0]
-            if self._verification is not None and self._verification.check():
-                self._verified.add(self._signature)
+            self._conclude_verification()
             return self._sums()
         finally:
             self._forget()
@@ -201,6 +211,17 @@ class PerExampleNorms:
             # what a module does with parameters that it adds to the batch is not looked at
             if not all(id(p) in shared for p in call.layer.parameters.values())
         }
+
+    def _conclude_verification(self) -> None:
+        """Judge what was verified; verify again where other outputs got a gradient than in the verified steps."""
+        arrivals = tuple(
+            sorted((call.layer.name, *(output.arrivals for output in call.outputs)) for call in self._calls)
+        )
+        if self._verification is None:
+            if arrivals not in self._verified[self._signature]:
+                del self._verified[self._signature]
+        elif self._verification.check():
+            self._verified.setdefault(self._signature, set()).add(arrivals)
 
     def _forget(self) -> None:
         """Take the step's hooks off and forget what they saw."""
@@ -238,6 +259,7 @@ class PerExampleNorms:
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(o.requires_grad for o in outputs):
             return
+        self.low_precision |= any(o.dtype.itemsize < 4 for o in outputs)
         in_backward = torch._C._current_graph_task_id() != -1
         for slot in layer.slots.values():
             if in_backward:
@@ -321,7 +343,10 @@ class PerExampleNorms:
 
     def _square(self, slot: Slot, forms: Sequence[Form]) -> None:
         slot.squared = True
-        self._sq_norms += [(self._places[id(p)], sq_norms) for p, sq_norms in slot.squared_norms(forms)]
+        forms = [*forms, *(self._common[id(p)] for p in slot.measured if id(p) in self._common)]
+        sq_norms, along = slot.squared_norms(forms)
+        self._sq_norms += [(self._places[id(p)], own) for p, own in sq_norms]
+        self._found += self.blocks.of_slot(slot, forms, along)
         if self._measured.denominator is not None:
             self._preconditioned.append(slot.preconditioned(forms, self._measured.denominator))
         slot.uses = []
@@ -338,6 +363,9 @@ class PerExampleNorms:
 
         sq_norms = stacked([sq_norms for _, sq_norms in self._sq_norms])
         total = sq_norms.sum(0)
+        sums = sq_norms.sum(1)
+        by_place = {place: sums[row] for row, (place, _) in enumerate(self._sq_norms)}
+        self.elements = self.blocks.join(self._found, by_place, device)
         if measured.single_column:
             return total
         wide = summing_dtype(device)
@@ -356,7 +384,7 @@ class PerExampleNorms:
                     self._run_again(call)
             # some uses of a parameter may have no gradient: an output that the loss does not depend on
             for slot in self._slots:
-                if slot.uses:
+                if slot.uses or (not slot.squared and any(id(p) in self._common for p in slot.measured)):
                     self._square(slot, slot.uses)
 
     def _take_shared_parameters(self) -> None:
@@ -364,16 +392,18 @@ class PerExampleNorms:
             for name, parameter in layer.parameters.items():
                 shared = self._shared.gradients.get(id(parameter))
                 slot = layer.slots.get(name)
-                if shared is None or shared.grad is None or slot is None or slot.squared:
+                if shared is None or not shared.forms or slot is None or slot.squared:
                     continue
                 if self._verification is not None:
-                    self._verification.add_part(parameter, shared.grad.sum(0))
-                self._square(slot, [Dense(shared.grad)])
+                    for form in shared.forms:
+                        self._verification.add_form(parameter, form)
+                self._square(slot, shared.forms)
 
     def _run_again(self, call: Call) -> None:
         """Apply the generic rule."""
         layer = call.layer
-        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in self._shared.gradients}
+        answered = call.without | set(self._shared.gradients)
+        parameters = {name: p for name, p in layer.parameters.items() if id(p) not in answered}
         if not parameters or not any(output.arrivals for output in call.outputs):
             return
         for name, grad in Rerun(call, parameters, self._batch_size).gradients().items():

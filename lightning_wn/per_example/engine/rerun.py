@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from lightning_wn.per_example.engine.batch_axes import output_axes
 from lightning_wn.per_example.engine.call import Call
 from lightning_wn.per_example.rules.errors import PerExampleError, reached_twice
+from lightning_wn.per_example.rules.registry import is_measured_as_one
 from lightning_wn.weight_norm.core.forward import call_forward
 
 Gradients = dict[str, Tensor]
@@ -102,7 +103,12 @@ class Rerun:
         args, kwargs = pytree.tree_unflatten(leaves, self._call.spec)
         # the module may update its buffers, but not twice a step
         buffers = {name: buffer.clone() for name, buffer in self._layer.module.named_buffers()}
-        output = call_forward(self._layer.module, {**parameters, **buffers}, args, kwargs)
+        module = self._layer.module
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        # what a child holds too is the child's to answer for; the module's own names all get the new tensor
+        names = {id(own[name]): name for name in parameters if name in own}
+        parameters = {**parameters, **{key: parameters[names[id(p)]] for key, p in own.items() if id(p) in names}}
+        output = call_forward(module, {**parameters, **buffers}, args, kwargs, tied=is_measured_as_one(module))
         return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
     def _pairs(self) -> Iterator[tuple[Tensor | None, int | None]]:
@@ -121,7 +127,9 @@ class Rerun:
         total = torch.zeros((), device=outputs[0].device)
         for output, grad, axis in zip(outputs, grads, self._output_axes, strict=True):
             if grad is not None and axis is not None:
-                total = total + (output * grad.unsqueeze(axis)).sum()
+                # of complex outputs, torch's gradient G stands for the change Re<conj(G), output>
+                product = (output * grad.unsqueeze(axis).conj()).sum()
+                total = total + (product.real if product.is_complex() else product)
         return total
 
     def vectorised(self) -> Gradients:

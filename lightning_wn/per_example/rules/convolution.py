@@ -89,7 +89,8 @@ def convolution(module: AnyConv, seen: Seen) -> dict[str, Form]:
         # torch keeps the padding of every mode, 'same' and 'valid' included, in the order of F.pad
         padding = module._reversed_padding_repeated_twice
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(seen.input, padding, mode=mode) if any(padding) else seen.input
+        own = seen.input.conj().resolve_conj()
+        x = F.pad(own, padding, mode=mode) if any(padding) else own
         forms["weight"] = _windows_times(
             seen.grad, x, module.kernel_size, module.stride, module.dilation, groups=module.groups
         )
@@ -107,9 +108,13 @@ def transposed_convolution(module: AnyConvTranspose, seen: Seen) -> dict[str, Fo
         assert not isinstance(module.padding, str)  # torch allows no names here
         padding = [n for p in reversed(module.padding) for n in (p, p)]
         forms["weight"] = _windows_times(
-            seen.input, F.pad(seen.grad, padding), module.kernel_size, module.stride, module.dilation,
+            seen.input.conj().resolve_conj(),
+            F.pad(seen.grad, padding),
+            module.kernel_size,
+            module.stride,
+            module.dilation,
             groups=module.groups,
-        )  # fmt: skip
+        )
     if "bias" in seen.needed:
         forms["bias"] = Dense(seen.grad.flatten(2).sum(2))
     return forms

@@ -13,12 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_wn.noise_scale.preconditioning import divide
+
 # writing and reading back an element that was materialised costs about this many multiplications in a matrix
 # product; measured on a CPU, and about the ratio of an H100's float32 and memory throughput
 _MEMORY_COST = 64
 
 # how many elements of gradients are materialised at a time, or one example's, where that is more
 _CHUNK = 2**21
+
+# from so many positions on, examples are worth a matrix product each
+_LONG = 32
 
 # on a CPU, a materialised product is squared while it lies in the cache; elsewhere a few large steps are better
 _CACHED = 2**18
@@ -30,7 +35,28 @@ def examples_at_once(elements: int, device: torch.device) -> int:
 
 
 def _square_each(grad: Tensor) -> Tensor:
-    return grad.square().reshape(len(grad), -1).sum(1)
+    # of a complex gradient, both parts: z² is not |z|²
+    real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    return real.square().reshape(len(grad), -1).sum(1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows and columns of a parameter that is viewed as a matrix; a vector is one row.
+
+    Attributes:
+        shape: How many rows and columns the parameter has.
+        rows: Which of them.
+        columns: Which of them.
+    """
+
+    shape: tuple[int, int]
+    rows: slice
+    columns: slice
+
+    def of(self, gradient: Tensor) -> Tensor:
+        r"""Cut the block out of (\*shape)."""
+        return gradient.reshape(self.shape)[self.rows, self.columns]
 
 
 def _folded(tensor: Tensor, fold: int) -> Tensor:
@@ -76,6 +102,12 @@ class Form:
         """Return the squared norms, shape (B,)."""
         raise NotImplementedError
 
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        some = max(1, _CHUNK // max(1, shape.numel()))
+        parts = [self.examples(slice(n, n + some)).dense(shape).sum(0) for n in range(0, self.batch_size, some)]
+        return block.of(torch.stack(parts).sum(0))
+
 
 @dataclass(frozen=True)
 class Dense(Form):
@@ -94,6 +126,10 @@ class Dense(Form):
     def squared(self) -> Tensor:
         """Return the squared norms, shape (B,)."""
         return _square_each(self.grad)
+
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        return self.grad.reshape(-1, *block.shape)[:, block.rows, block.columns].sum(0)
 
 
 @dataclass(frozen=True)
@@ -135,8 +171,23 @@ class Outer(Form):
         """Return the squared norms, shape (B,)."""
         if self.gram_is_cheaper():
             # <Σ_t l_t ⊗ r_t, Σ_s l_s ⊗ r_s> = Σ_ts <l_t, l_s> <r_t, r_s>; written in place, as new memory is slow
-            return (self.left @ self.left.mT).mul_(self.right @ self.right.mT).sum((1, 2, 3))
+            total: Tensor = (self.left @ self.left.mH).mul_(self.right @ self.right.mH).sum((1, 2, 3))
+            return total.real if total.is_complex() else total
+        if self.left.is_complex():
+            return torch.cat([_square_each(grad) for grad in self._products()])
         return torch.cat([grad.square_().sum((1, 2, 3)) for grad in self._products()])
+
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        _, groups, length, rows = self.left.shape
+        if (groups * rows, self.right.shape[3]) != block.shape:
+            return super().summed(shape, block)
+        if groups > 1:
+            return (self.left.mT @ self.right[..., block.columns]).sum(0).flatten(0, 1)[block.rows]
+        left, right = self.left[:, 0, :, block.rows], self.right[:, 0, :, block.columns]
+        if length < _LONG:
+            return left.flatten(0, 1).mT @ right.flatten(0, 1)
+        return torch.bmm(left.mT, right).sum(0)  # without copies
 
     def by_row(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's squared norm and its product with the row of ``direction``, both (B, groups·L).
@@ -206,13 +257,63 @@ class Rows(Form):
 
     def squared(self) -> Tensor:
         """Return the squared norms, shape (B,)."""
-        return self.distinct().values.square().sum((1, 2))
+        return _square_each(self.distinct().values)
+
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        values = self.values[..., block.columns].flatten(0, 1)
+        return values.new_zeros(block.shape[0], values.shape[1]).index_add_(0, self.index.flatten(), values)[block.rows]
 
     def product(self, other: Outer) -> Tensor:
         """Return each example's inner product with a gradient of the same table, shape (B,)."""
         left, right = other.left[:, 0], other.right[:, 0]  # (B, S, L), (B, S, R)
         picked = left.gather(2, self.index.unsqueeze(1).expand(-1, left.shape[1], -1))
-        return (picked * (right @ self.values.mT)).sum((1, 2))
+        return (picked * (right @ self.values.mH)).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Common(Form):
+    """A gradient that all examples have in common, each in its share: shares_i · grad.
+
+    Attributes:
+        shares: Shape (B,).
+        grad: Shape (*weight).
+    """
+
+    shares: Tensor
+    grad: Tensor
+
+    def examples(self, some: slice) -> Common:
+        """Keep some examples."""
+        return replace(self, shares=self.shares[some])
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """Materialise: shape (B, *shape)."""
+        return self.shares.reshape(-1, *[1] * len(shape)) * self.grad
+
+    def squared(self) -> Tensor:
+        """Return the squared norms, shape (B,)."""
+        return self.shares.square() * _square_each(self.grad.unsqueeze(0))
+
+    def summed(self, shape: torch.Size, block: Block) -> Tensor:
+        """Return a block of Σ_i gradient_i, shape (rows, columns)."""
+        return block.of(self.grad) * self.shares.sum()
+
+    def product(self, other: Form, shape: torch.Size) -> Tensor:
+        """Return each example's inner product with another gradient, shape (B,)."""
+        conjugate = self.grad.conj().resolve_conj()
+        if isinstance(other, Outer):
+            _, groups, _, rows = other.left.shape
+            product = ((other.left @ conjugate.reshape(groups, rows, -1)) * other.right).sum((1, 2, 3))
+        elif isinstance(other, Rows):
+            product = (other.values * conjugate[other.index]).sum((1, 2))
+        else:
+            some = max(1, _CHUNK // max(1, shape.numel()))
+            parts = [other.examples(slice(n, n + some)).dense(shape) for n in range(0, other.batch_size, some)]
+            product = torch.cat(
+                [(part * conjugate).flatten(1).sum(1) for part in (p.reshape(len(p), *shape) for p in parts)]
+            )
+        return self.shares * (product.real if product.is_complex() else product)
 
 
 def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
@@ -233,6 +334,12 @@ def add_forms(forms: Sequence[Form], shape: torch.Size) -> list[Form]:
 
 def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
     """Return |Σ_uses gradient|² per example, shape (B,); a parameter's uses are added before squaring."""
+    common = [form for form in forms if isinstance(form, Common)]
+    if common and len(forms) > 1:
+        # |a + b|² = |a|² + |b|² + 2<a, b>, and b is a whole tensor
+        others = [form for form in forms if not isinstance(form, Common)]
+        products = torch.stack([common[0].product(form, shape) for form in others]).sum(0)
+        return squared_norms(others, shape) + common[0].squared() + 2 * products
     added = add_forms(forms, shape)
     total = added[0].squared()
     if len(added) == 2:
@@ -240,7 +347,8 @@ def squared_norms(forms: Sequence[Form], shape: torch.Size) -> Tensor:
         outer, rows = added
         assert isinstance(outer, Outer)
         assert isinstance(rows, Rows)
-        total = total + rows.squared() + 2 * rows.product(outer)
+        product = rows.product(outer)
+        total = total + rows.squared() + 2 * (product.real if product.is_complex() else product)
     return total
 
 
@@ -273,5 +381,5 @@ def preconditioned_sq_norms(forms: Sequence[Form], shape: torch.Size, denominato
     added = add_forms(forms, shape)
     if len(added) == 1 and isinstance(added[0], Rows):
         rows = added[0].distinct()
-        return (rows.values / denominator.to(rows.values.dtype)[rows.index]).square().sum((1, 2))
-    return torch.cat([_square_each(g / denominator.to(g.dtype)) for g in dense_chunks(added, shape)])
+        return _square_each(divide(rows.values, denominator[rows.index]))
+    return torch.cat([_square_each(divide(g, denominator)) for g in dense_chunks(added, shape)])

@@ -25,7 +25,8 @@ def transposed_linear(module: nn.Module, seen: Seen) -> dict[str, Form]:
 def _positions(seen: Seen) -> tuple[Tensor, Tensor]:
     """Return input and output gradient as (N, T, features)."""
     batch = len(seen.input)
-    x = seen.input.reshape(batch, -1, seen.input.shape[-1])
+    # the gradient by a complex weight has the conjugate of the input; resolved, as a real one costs nothing
+    x = seen.input.conj().resolve_conj().reshape(batch, -1, seen.input.shape[-1])
     return x, seen.grad.reshape(batch, -1, seen.grad.shape[-1])
 
 

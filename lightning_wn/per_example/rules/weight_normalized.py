@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_wn.per_example.rules.gradients import Form, Outer, Rows, add_dense, add_forms, dense_chunks
+from lightning_wn.per_example.rules.gradients import Block, Form, Outer, Rows, add_dense, add_forms, dense_chunks
 from lightning_wn.weight_norm.core.parametrization import WeightNorm, unit_norm
 from lightning_wn.weight_norm.core.torch_weight_norm import legacy_g_and_v, legacy_hooks
 
@@ -44,18 +44,42 @@ class NormalizedWeight:
         return self.gain, self.direction
 
     @torch.no_grad()
-    def squared_norms(self, forms: Sequence[Form], shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return |∂g|² and |∂v|² per example, each of shape (B,).
+    def squared_norms(self, forms: Sequence[Form], shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Return |∂g|² and |∂v|² per example, each of shape (B,), and Σ_i ∂g_i of each unit, shape (units,).
 
         Args:
             forms: The gradient by w of each use of the weight.
             shape: The shape of the weight.
         """
         ratio, unit = self._ratio_and_unit(forms[0].dtype)
-        row_sq, along, ratio_sq = _by_unit(add_forms(forms, shape), shape, unit, ratio.square(), self)
+        row_sq, along, place = _by_unit(add_forms(forms, shape), shape, unit, self)
         along_sq = along.square()
+        ratio_sq = ratio.square() if place is None else ratio.square()[place]
         # rounding can make the difference of a gradient along v̂ negative
-        return along_sq.sum(1), (ratio_sq * (row_sq - along_sq).clamp_min(0)).sum(1)
+        by_direction = (ratio_sq * (row_sq - along_sq).clamp_min(0)).sum(1)
+        if place is None:
+            return along_sq.sum(1), by_direction, along.sum(0)
+        total = torch.zeros_like(ratio).index_add_(0, place.flatten(), along.flatten())
+        return along_sq.sum(1), by_direction, total
+
+    @torch.no_grad()
+    def summed(self, forms: Sequence[Form], shape: torch.Size, along: Tensor, block: Block) -> Tensor:
+        """Return a block of Σ_i ∂v_i, with a unit in each row, shape (rows, columns).
+
+        Args:
+            forms: The gradient by w of each use of the weight.
+            shape: The shape of the weight.
+            along: Σ_i ∂g_i, shape (units,).
+            block: Which units, and which of their elements.
+        """
+        ratio, unit = self._ratio_and_unit(forms[0].dtype)
+        if self.leading:
+            by_weight = torch.stack([form.summed(shape, block) for form in forms]).sum(0)
+        else:
+            whole = torch.stack([grad.sum(0) for grad in dense_chunks(forms, shape)]).sum(0)
+            by_weight = block.of(self.units(whole))
+        ratio, unit, along = ratio[block.rows], unit[block.rows, block.columns], along[block.rows]
+        return ratio.unsqueeze(1) * (by_weight - along.unsqueeze(1) * unit)
 
     @torch.no_grad()
     def preconditioned(
@@ -94,21 +118,21 @@ class NormalizedWeight:
 
 
 def _by_unit(
-    forms: Sequence[Form], shape: torch.Size, unit: Tensor, ratio_sq: Tensor, weight: NormalizedWeight
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row² and along, each (B, units), and g²/‖v‖² of the same units."""
+    forms: Sequence[Form], shape: torch.Size, unit: Tensor, weight: NormalizedWeight
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return row² and along, each (B, units); or of some units for each example, and which these are."""
     if weight.leading and len(forms) == 1:
         (form,) = forms
         if isinstance(form, Outer):
             row_sq, along = form.by_row(unit.reshape(form.left.shape[1], -1, unit.shape[1]))
-            return row_sq, along, ratio_sq
+            return row_sq, along, None
         if isinstance(form, Rows):
             rows = form.distinct()
             along = (rows.values * unit[rows.index]).sum(2)
-            return rows.values.square().sum(2), along, ratio_sq[rows.index]
+            return rows.values.square().sum(2), along, rows.index
     grad = add_dense(forms, shape)
     by_unit = torch.vmap(weight.units)(grad).flatten(2)
-    return by_unit.square().sum(2), (by_unit * unit).sum(2), ratio_sq
+    return by_unit.square().sum(2), (by_unit * unit).sum(2), None
 
 
 def normalized_weight_of(module: nn.Module) -> NormalizedWeight | None:

@@ -12,7 +12,12 @@ from lightning_wn.weight_norm.core.torch_weight_norm import legacy_hooks
 
 
 def call_forward(
-    module: nn.Module, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    tied: bool = True,
 ) -> Any:
     """Call ``module.forward`` with other tensors in the place of some of its own, without the hooks of its calls.
 
@@ -21,9 +26,10 @@ def call_forward(
         tensors: Parameters and buffers by their names in it.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        tied: Whether other names of the same tensor get the new one, too.
     """
     own = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    return functional_call(_WithoutHooks(module), own, tuple(args), dict(kwargs))
+    return functional_call(_WithoutHooks(module), own, tuple(args), dict(kwargs), tie_weights=tied)
 
 
 class _WithoutHooks(nn.Module):
