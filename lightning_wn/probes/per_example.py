@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
@@ -71,7 +72,8 @@ class PerExampleProbe(Probe):
                 f"`probe='per_example'` follows one backward pass through the whole model, and this run has "
                 f"{len(trainer.optimizers)} optimizers; use `probe='consecutive'`, or `probe='auto'`, which takes it."
             )
-        if wrapped:
+        # lazy layers have no shape yet
+        if wrapped and not any(is_lazy(p) for p in pl_module.parameters()):
             self._attach(pl_module, MeasuredParameters([p for p in pl_module.parameters() if p.requires_grad]))
             self.detach()
 

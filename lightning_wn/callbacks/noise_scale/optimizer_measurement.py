@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_wn.module_selectors import ModuleSelection
@@ -119,7 +120,12 @@ class OptimizerMeasurement:
         self._manual = not model.automatic_optimization
         self._alone = alone
         self._close()
-        self._find_parameters(model)
+        if not self._has_lazy():
+            self._find_parameters(model)
+
+    def _has_lazy(self) -> bool:
+        """Whether a parameter has no shape before the first forward pass (``nn.LazyLinear``)."""
+        return any(is_lazy(parameter) for parameter in self.parameters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -212,7 +218,7 @@ class OptimizerMeasurement:
     def _open(self, step: int, model: LightningModule) -> None:
         self._close()
         self._is_open = True
-        if self.probe.is_due(step, self.every_n_steps):
+        if self.probe.is_due(step, self.every_n_steps) and not self._has_lazy():
             measured = self._find_parameters(model)
             self.probe.begin(step, self.every_n_steps, model, measured)
             self.measuring = True
