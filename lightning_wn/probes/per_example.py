@@ -100,7 +100,8 @@ class PerExampleProbe(Probe):
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Let the rules look at the graph of the loss."""
         if loss is not None:
-            counts = None if self._by_example is None else self._by_example.to(loss.device)
+            wide = summing_dtype(loss.device)
+            counts = None if self._by_example is None else self._by_example.to(loss.device, wide)
             shares = None if counts is None else counts.clamp_min(0) / counts.clamp_min(0).sum()
             self._try(lambda norms: norms.before_backward(loss, shares))
 

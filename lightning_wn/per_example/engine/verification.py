@@ -106,9 +106,10 @@ class Verification:
         if bool(wrong.any()):
             name = list(rows)[int(wrong.nonzero()[0])]
             raise PerExampleError(
-                f"parameter {name!r} got a gradient that its module's forward does not account for (it is used "
-                "past that forward, or the module mixes examples): register the module that uses it with "
-                "`measure_as_one`, or leave it out of the measured parameters"
+                f"parameter {name!r} got a gradient that its module's forward does not account for (it is used past "
+                "that forward, a hook on the parameter edits its gradient, or the module mixes examples): use it in its "
+                "module's forward alone, or register the module that uses it with "
+                "`lightning_wn.per_example.measure_as_one`"
             )
         return True
 

@@ -109,8 +109,8 @@ class WeightTerms:
                         "let the optimizer decay the weights instead, or leave the layer out of the measured ones"
                     )
                 wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                own = torch.full((batch_size,), 1.0 / batch_size) if shares is None else shares
-                found[key] = Common(own.to(wide.device, wide.dtype.to_real()), wide)
+                own = torch.full((batch_size,), 1.0 / batch_size, dtype=torch.float64) if shares is None else shares
+                found[key] = Common(own.to(dtype=wide.dtype.to_real()).to(wide.device), wide)
         return found
 
     def gradients(self) -> dict[int, Tensor]:

@@ -26,8 +26,10 @@ def _positions(seen: Seen) -> tuple[Tensor, Tensor]:
     """Return input and output gradient as (N, T, features)."""
     batch = len(seen.input)
     # the gradient by a complex weight has the conjugate of the input; resolved, as a real one costs nothing
-    x = seen.input.conj().resolve_conj().reshape(batch, -1, seen.input.shape[-1])
-    return x, seen.grad.reshape(batch, -1, seen.grad.shape[-1])
+    x, grad = seen.input.conj().resolve_conj(), seen.grad
+    # a width may be zero, and then -1 does not tell the number of positions
+    positions = x.shape[1:-1].numel()
+    return x.reshape(batch, positions, x.shape[-1]), grad.reshape(batch, positions, grad.shape[-1])
 
 
 def _answer(seen: Seen, weight: Form, grad: Tensor) -> dict[str, Form]:
