@@ -341,6 +341,8 @@ def test_guessed_weights_are_found_out(by_sizes, share, depends):
     assert metric.weights_follow_sizes == by_sizes
     assert abs(estimate.grad_sq_norm - expected[0]) < 3 * errors[0] + 0.01 * expected[0]
     assert estimate.cov_trace == pytest.approx(expected[1], rel=0.05)
+    # what was measured under another guess is dropped
+    assert (estimate.num_measurements == 2000) != by_sizes
     assert estimate.num_measurements > 1900
 
 

@@ -200,3 +200,14 @@ def test_tokens_are_not_independent_of_each_other():
     assert tokens.noise_scale == pytest.approx(5 * examples.noise_scale, rel=1e-3)
     assert tokens.grad_sq_norm == pytest.approx(examples.grad_sq_norm, rel=1e-6)
     assert (tokens.unit, tokens.batch_size, tokens.num_measurements) == ("tokens", 160.0, 100)
+
+
+def test_tokens_in_windows_of_four_and_of_two_batches():
+    """As a pass over 6 batches leaves them: V of both is taken at its own number of batches."""
+    arguments = {"max_batches": 240, "relative_error": 1e-6}
+    data = digits(192)
+    tokens = measure_noise_scale(DigitsMLP(), loader(data), unit="tokens", batch_size_fn=lambda batch: 160, **arguments)
+    examples = measure_noise_scale(DigitsMLP(), loader(data), **arguments)
+    assert (tokens.num_measurements, examples.num_measurements) == (80, 80)
+    # the same batches in other weights; taken alike they would be 12 % off
+    assert tokens.cov_trace == pytest.approx(5 * examples.cov_trace, rel=0.04)
