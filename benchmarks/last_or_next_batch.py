@@ -1,7 +1,8 @@
 """Which second batch at the same weights is a fair one: a fresh one, the next one, or the last one.
 
-The product of two batches' gradients has the mean |G|² only if neither has shaped the weights. Training by hand on digits,
-at each step from the 50th to the 300th; the median noise scale of eight seeds. Run it with
+The product of two batches' gradients has the mean |G|² only if neither has shaped the weights. Training by hand on
+digits, at each step from the 50th to the 300th; the median noise scale of eight seeds. A fresh batch is drawn from all
+examples, those of the present batch included, which adds tr(Σ) over their number to |G|². Run it with
 ``python benchmarks/last_or_next_batch.py`` where scikit-learn is installed.
 """
 
