@@ -17,7 +17,7 @@ from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import SAME_EXAMPLES, CannotMeasureError, Probe, mean_scale, sample_sizes
-from lightning_wn.probes.edits import EditWatch, with_deviation
+from lightning_wn.probes.checks.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
 from lightning_wn.summing import summing_dtype

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import SAME_EXAMPLES, Probe, mean_scale, sample_sizes
-from lightning_wn.probes.edits import EditWatch, with_deviation
+from lightning_wn.probes.checks.edits import EditWatch, with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import epoch_has_same_examples

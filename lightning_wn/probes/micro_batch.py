@@ -13,7 +13,7 @@ from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import norm_dtype, require_dense
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
-from lightning_wn.probes.checksums import Projection, choose_projections, project
+from lightning_wn.probes.checks.checksums import Projection, choose_projections, project
 from lightning_wn.probes.requirements import require_independent_ranks
 from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import largest_accumulation

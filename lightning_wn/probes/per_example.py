@@ -19,7 +19,7 @@ from lightning_wn.per_example.engine.gradient_blocks import Elements
 from lightning_wn.per_example.engine.norms import PerExampleNorms
 from lightning_wn.per_example.rules.errors import MixedExamplesError, PerExampleError
 from lightning_wn.probes.base import Probe, mean_scale
-from lightning_wn.probes.mixing_check import MixingCheck
+from lightning_wn.probes.checks.mixing import MixingCheck
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.summing import summing_dtype
 

@@ -15,8 +15,8 @@ from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.norms import foreach_norms
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
 from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
-from lightning_wn.probes.checksums import FlatProjection, choose_flat_projections
-from lightning_wn.probes.fsdp_groups import (
+from lightning_wn.probes.checks.checksums import FlatProjection, choose_flat_projections
+from lightning_wn.probes.fsdp2.groups import (
     ShardedGroup,
     read_sharded_groups,
     reduces_in_low_precision,
@@ -25,7 +25,7 @@ from lightning_wn.probes.fsdp_groups import (
     require_torchs_reduce_scatter,
     sharded_data_parallel_size,
 )
-from lightning_wn.probes.reduce_scatter import TappedReduceScatter
+from lightning_wn.probes.fsdp2.reduce_scatter import TappedReduceScatter
 from lightning_wn.probes.requirements import require_independent_ranks
 
 _DTYPE = torch.float64

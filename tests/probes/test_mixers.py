@@ -12,7 +12,7 @@ from helpers.frozen_digits import DigitsMLP, digits
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset, default_collate
 
-from lightning_wn.probes.mixers import known_mixer
+from lightning_wn.probes.checks.mixers import known_mixer
 
 
 class MixUp(nn.Module):

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, find_measured
-from lightning_wn.probes.fsdp_groups import read_sharded_groups, require_optimized
+from lightning_wn.probes.fsdp2.groups import read_sharded_groups, require_optimized
 from lightning_wn.probes.sharded import ShardedProbe
 
 

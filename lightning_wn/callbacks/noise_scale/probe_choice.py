@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.noise_scale.batch_counting import BatchCount, BatchSizeFn, count_examples
 from lightning_wn.probes.batch_pair import BatchPairProbe
+from lightning_wn.probes.checks.mixers import known_mixer
 from lightning_wn.probes.choice import PROBES, choose_probe
-from lightning_wn.probes.mixers import known_mixer
 from lightning_wn.probes.per_example import PerExampleProbe
 from lightning_wn.probes.requirements import require_dense_gradients
 from lightning_wn.text import some

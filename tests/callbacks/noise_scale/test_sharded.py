@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.probes.fsdp_groups import ShardedGroup, sharded_data_parallel_size
+from lightning_wn.probes.fsdp2.groups import ShardedGroup, sharded_data_parallel_size
 from lightning_wn.probes.sharded import ShardedProbe
 
 # older torch has no public way to see a reduce-scatter, and the probe is refused there in a sentence

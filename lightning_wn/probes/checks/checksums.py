@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS
-from lightning_wn.probes.fsdp_groups import ShardedGroup
+from lightning_wn.probes.fsdp2.groups import ShardedGroup
 
 _ELEMENTS = 64
 

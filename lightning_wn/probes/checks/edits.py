@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.noise_scale.samples import NUM_CHECKSUMS, GradientSamples
-from lightning_wn.probes.checksums import Projection
+from lightning_wn.probes.checks.checksums import Projection
 
 
 def with_deviation(samples: GradientSamples, deviation: Tensor) -> GradientSamples:

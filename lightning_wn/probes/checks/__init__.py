@@ -1,0 +1,1 @@
+"""Whether what a probe took for independent gradient samples is that."""

@@ -1,0 +1,1 @@
+"""What the probe ``sharded`` reads of FSDP2."""
