@@ -16,6 +16,7 @@ from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, 
 from lightning_wn.per_example.engine.forward_hooks import ForwardHooks
 from lightning_wn.per_example.engine.gradient_blocks import Elements, GradientBlocks
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
+from lightning_wn.per_example.engine.layout import Layout, arrivals_of, dims_taken, signature_of
 from lightning_wn.per_example.engine.rerun import Rerun
 from lightning_wn.per_example.engine.shared_parameters import SharedParameters
 from lightning_wn.per_example.engine.verification import Verification
@@ -95,7 +96,7 @@ class PerExampleNorms:
         self._slots = list({id(slot): slot for layer in self._layers for slot in layer.slots.values()}.values())
         self.dims: dict[str, BatchDim | None] | None = None
         self._hooks = ForwardHooks(self._layers, self._note_start, self._note_call)
-        self._verified: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+        self._verified: dict[Layout, set[Layout]] = {}
         self.blocks = GradientBlocks(parameters, self._slots)
         self.elements: Elements | None = None
         self.low_precision = False
@@ -114,7 +115,7 @@ class PerExampleNorms:
         self._found: list[tuple[int, Tensor]] = []
         self._preconditioned: list[Tensor] = []
         self._common: dict[int, Common] = {}
-        self._signature: tuple[Any, ...] = ()
+        self._signature: Layout = ()
         for slot in self._slots:
             slot.forget()
 
@@ -156,18 +157,13 @@ class PerExampleNorms:
             shares: Each example's share of the loss and of its weight-only terms, shape (B,); equal by default.
         """
         self._try(self._look_at_graph, loss, shares)
-        signature: list[tuple[Any, ...]] = [
-            (call.layer.name, call.shared is not None, *call.axes(self._batch_size)) for call in self._calls
-        ]
-        signature += [(attention.name, "graph") for attention in self._attentions]
-        terms = [("term", index) for index, p in enumerate(self._parameters) if id(p) in self._common]
-        signature += terms
+        terms = [index for index, p in enumerate(self._parameters) if id(p) in self._common]
         shared = [index for index, p in enumerate(self._parameters) if id(p) in self._shared.gradients]
-        self._signature = (*sorted(signature, key=str), *shared)
+        self._signature = signature_of(self._calls, self._attentions, self._batch_size, terms, shared)
         if self._signature in self._verified and self._verification is not None:
             self._verification.stop()
             self._verification = None
-        self.dims = None if self._verification is None else self._dims_taken()
+        self.dims = None if self._verification is None else dims_taken(self._calls, self._shared.gradients)
 
     def _look_at_graph(self, loss: Tensor, shares: Tensor | None) -> None:
         terms = WeightTerms(loss, {id(p) for p in self._model.parameters()})
@@ -203,20 +199,9 @@ class PerExampleNorms:
         finally:
             self._forget()
 
-    def _dims_taken(self) -> dict[str, BatchDim | None]:
-        shared = self._shared.gradients
-        return {
-            call.layer.name: call.layer.batch_dim if call.shared is None else None
-            for call in self._calls
-            # what a module does with parameters that it adds to the batch is not looked at
-            if not all(id(p) in shared for p in call.layer.parameters.values())
-        }
-
     def _conclude_verification(self) -> None:
         """Judge what was verified; verify again where other outputs got a gradient than in the verified steps."""
-        arrivals = tuple(
-            sorted((call.layer.name, *(output.arrivals for output in call.outputs)) for call in self._calls)
-        )
+        arrivals = arrivals_of(self._calls)
         if self._verification is None:
             if arrivals not in self._verified[self._signature]:
                 del self._verified[self._signature]
