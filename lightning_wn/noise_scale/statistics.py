@@ -168,8 +168,8 @@ class PairMoments(Moments):
         sxx: Weighted sum of (x - mean_x)².
         sxy: Weighted sum of (x - mean_x)(y - mean_y).
         syy: Weighted sum of (y - mean_y)².
-        count: Measurements so far, however much they have decayed.
         sxxx: Weighted sum of (x - mean_x)³; ``sxxy``, ``sxyy`` and ``syyy`` likewise.
+        count: Measurements so far, however much they have decayed.
     """
 
     weight: float = 0.0
@@ -179,11 +179,11 @@ class PairMoments(Moments):
     sxx: float = 0.0
     sxy: float = 0.0
     syy: float = 0.0
-    count: float = 0.0
     sxxx: float = 0.0
     sxxy: float = 0.0
     sxyy: float = 0.0
     syyy: float = 0.0
+    count: float = 0.0
 
     def updated(self, x: float, y: float, decay: float) -> PairMoments:
         """Return the moments after one more measurement of weight 1, all earlier ones decayed."""
@@ -200,11 +200,11 @@ class PairMoments(Moments):
             sxx=sxx + carried * dx * dx,
             sxy=sxy + carried * dx * dy,
             syy=syy + carried * dy * dy,
-            count=self.count + 1.0,
             sxxx=decay * self.sxxx + cubed * dx * dx * dx - 3.0 * dx * sxx / weight,
             sxxy=decay * self.sxxy + cubed * dx * dx * dy - (2.0 * dx * sxy + dy * sxx) / weight,
             sxyy=decay * self.sxyy + cubed * dx * dy * dy - (dx * syy + 2.0 * dy * sxy) / weight,
             syyy=decay * self.syyy + cubed * dy * dy * dy - 3.0 * dy * syy / weight,
+            count=self.count + 1.0,
         )
 
     def pair(self) -> tuple[float, float]:
