@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_wn import GradientNoiseScaleCallback
+from lightning_wn.probes.silent_copy import SilentCopy
 
 
 def measure(model, data, steps=6, trainer_args=None, callbacks=(), probe="batch_pair", **arguments):
@@ -85,13 +87,13 @@ class ByHand(DigitsMLP):
 
     def training_step(self, batch, batch_idx):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        scheduler.step()
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.01 * batch_idx
         with optimizer.toggle_model():
             optimizer.zero_grad()
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
-        scheduler.step()
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
@@ -400,6 +402,22 @@ def test_hooks_of_the_user_fire_and_those_of_this_package_do_not():
     assert [one is model for one in fired] == [True, False, False, True]
 
 
+def test_a_copy_has_no_hooks_of_this_package():
+    def of_users(module, args, output):
+        return output
+
+    def of_ours(module, args, output):
+        raise AssertionError
+
+    of_ours.__module__ = "lightning_wn.per_example.engine.hooks"
+    model = DigitsMLP()
+    for hook in (of_users, of_ours, partial(of_ours)):
+        model.net[0].register_forward_hook(hook)
+    copied = SilentCopy(L.Trainer(**QUIET), model)._model
+    assert list(copied.net[0]._forward_hooks.values()) == [of_users]
+    assert len(model.net[0]._forward_hooks) == 3
+
+
 def test_a_scaler_and_a_fused_optimizer():
     class Fused(DigitsMLP):
         def configure_optimizers(self):
@@ -509,9 +527,17 @@ def test_batches_that_training_skips():
 
 
 def test_compiled_parts_run_as_they_were_written():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
     model = DigitsMLP()
-    model.net = torch.compile(model.net, backend="eager")
+    model.net = torch.compile(model.net, backend=backend)
     estimate = measure(model, in_order(), 2)
+    # once, and not again for the copy
+    assert len(compiled) == 1
     expected = textbook_pair(two_batches(DigitsMLP()), [16, 16])
     assert estimate.cov_trace == pytest.approx(expected[1], rel=1e-4)
 
