@@ -492,6 +492,51 @@ def centred_in_a_reentrant_checkpoint():
     return supervised(checkpointed(Function(lambda m, x: x - x.mean(0)), True))
 
 
+@mixes(SWAP, ALONE)
+def centred_with_dropout():
+    return supervised(perceptron(nn.Sequential(Function(lambda m, x: x - x.mean(0).detach()), nn.Dropout(0.3))))
+
+
+@mixes(SWAP, SECOND)
+def survival():
+    """Cox's partial likelihood: each example against those that are still at risk."""
+    return of_outputs(lambda o, y: (torch.logcumsumexp(o[:, 0], 0) - o[:, 0]).mean())
+
+
+@mixes(SWAP)
+def assignments_balanced_over_the_batch():
+    def loss(o, y):
+        with torch.no_grad():
+            q = (o / 0.1).exp()
+            for _ in range(3):
+                q = q / q.sum(0)
+                q = q / q.sum(1, keepdim=True)
+        return -(q * o.log_softmax(1)).sum(1).mean()
+
+    return of_outputs(loss)
+
+
+@mixes(SWAP)
+def sorted_outputs():
+    return of_outputs(lambda o, y: (o.sort(0).values - torch.linspace(-1, 1, len(o))[:, None]).square().mean())
+
+
+@mixes(SWAP)
+def targets_against_all_outputs():
+    """(B,) beside (B, 1) broadcasts to (B, B)."""
+    return Case(perceptron(), lambda net, b: (net(b[0])[:, 0] - b[1]).square().mean(), (features(), features(B, 1)))
+
+
+@mixes(SWAP)
+def advantages_standardized():
+    def loss(net, batch):
+        x, action, advantage = batch
+        advantage = (advantage - advantage.mean()) / advantage.std()
+        return -(net(x).log_softmax(1).gather(1, action[:, None])[:, 0] * advantage).mean()
+
+    return Case(perceptron(), loss, (features(), classes(), features(B)))
+
+
 # -- does not mix ------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +635,63 @@ def hinge():
 @separate
 def critic():
     return of_outputs(lambda o, y: o.mean(), outputs=1)
+
+
+@separate
+def critic_with_as_many_outputs_as_examples():
+    return of_outputs(lambda o, y: (o.t() * torch.arange(1.0, B + 1)[:, None]).mean(), outputs=B)
+
+
+@separate
+def centre_of_earlier_batches():
+    """A statistic of this batch is used in the next one."""
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = perceptron(), perceptron().requires_grad_(False)
+            self.register_buffer("centre", torch.zeros(1, C))
+
+        def loss(self, x):
+            taught = self.teacher(x)
+            loss = -((taught - self.centre).softmax(1) * self.student(x).log_softmax(1)).sum(1).mean()
+            self.centre = 0.9 * self.centre + 0.1 * taught.mean(0, keepdim=True)
+            return loss
+
+    return Case(Student(), lambda net, x: net.loss(x), features())
+
+
+@separate
+def nearest_codes():
+    def forward(m, x):
+        z = m.a(x)
+        q = m.code(torch.cdist(z, m.code.weight).argmin(1))
+        m.commitment = (q.detach() - z).square().mean() + (q - z.detach()).square().mean()
+        return m.b(z + (q - z).detach())
+
+    model = Function(forward, a=nn.Linear(4, E), code=nn.Embedding(B, E), b=nn.Linear(E, 4))
+    return Case(model, lambda net, x: (net(x) - x).square().mean() + net.commitment, features())
+
+
+@separate
+def physics_informed():
+    def loss(net, x):
+        x = x.clone().requires_grad_()
+        u = net(x)
+        slope = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+        curvature = torch.autograd.grad(slope[:, 0].sum(), x, create_graph=True)[0][:, 0]
+        return (curvature + u[:, 0]).square().mean()
+
+    return Case(nn.Sequential(nn.Linear(4, E), nn.Tanh(), nn.Linear(E, 1)), loss, features())
+
+
+@separate
+def diffusion():
+    def loss(net, x):
+        time, noise = torch.rand(len(x), 1), torch.randn_like(x)
+        return (net(torch.cat([(1 - time) * x + time * noise, time], 1)) - noise).square().mean()
+
+    return Case(nn.Sequential(nn.Linear(5, E), nn.SiLU(), nn.Linear(E, 4)), loss, features())
 
 
 @separate

@@ -42,7 +42,7 @@ def find_mixing(
     said, if the model treats both alike.
 
     Nothing of the model changes, nor the batch or the random state; hooks that are not part of the model's computation
-    are not called. Takes about fifteen passes, on one copy at a time.
+    are not called. Takes about 23 passes, on one copy at a time.
 
     Args:
         model: The model, in the mode in which it is trained.
