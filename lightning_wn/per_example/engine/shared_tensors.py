@@ -104,6 +104,10 @@ class SharedTensors:
         """Whether all operations that take what the node made were called later than that one."""
         return all(consumer._sequence_nr() > sequence for consumer, _, _ in self._consumers.get(node, ()))
 
+    def is_used_before(self, node: Node, sequence: int) -> bool:
+        """Whether all operations that take what the node made were called no later than that one."""
+        return all(consumer._sequence_nr() <= sequence for consumer, _, _ in self._consumers.get(node, ()))
+
     def collect(
         self, node: Node, output: int, shape: Sequence[int], *, elementwise: bool = True, products: bool = False
     ) -> SharedGradient | None:

@@ -107,8 +107,8 @@ class Verification:
             name = list(rows)[int(wrong.nonzero()[0])]
             raise PerExampleError(
                 f"parameter {name!r} got a gradient that its module's forward does not account for (it is used past "
-                "that forward, a hook on the parameter edits its gradient, or the module mixes examples): use it in its "
-                "module's forward alone, or register the module that uses it with "
+                "that forward, a hook on the parameter edits its gradient, or the module mixes examples): use it in "
+                "its module's forward alone, or register the module that uses it with "
                 "`lightning_wn.per_example.measure_as_one`"
             )
         return True
