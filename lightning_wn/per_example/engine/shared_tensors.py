@@ -85,7 +85,7 @@ class SharedTensors:
             if self._is_broadcast(consumer, shape):
                 return True
             name, result = consumer.name(), _result_shape(consumer)
-            if name in _PASSED | _BROADCASTS:
+            if name in _PASSED | _BROADCASTS | {"ViewAsRealBackward0"}:
                 if self.meets_batch(consumer, 0, result):
                     return True
             elif len(result) > len(shape) and result[0] == self._batch_size:
