@@ -201,6 +201,7 @@ class OutputGradient:
         self.shape = output.shape
         self.grad: Tensor | None = None
         self.arrivals = 0
+        self.ignored = False
         self._arrived = arrived
         self._watched: tuple[Tensor, int] | None = None
         self._handle: Any = None
@@ -221,7 +222,7 @@ class OutputGradient:
 
     def _see(self, grads: tuple[Tensor | None, ...]) -> None:
         grad = grads[self.index]
-        if grad is None:
+        if grad is None or self.ignored:
             return
         self.arrivals += 1
         self.grad = grad.detach().reshape(self.shape)

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_wn.per_example.engine.batch_axes import output_axes
@@ -53,6 +54,10 @@ class Rerun:
         if any(output.arrivals > 1 for output in call.outputs):
             raise reached_twice(layer.label)
         call.require_intact()
+        if any(isinstance(arg, PackedSequence) for arg in pytree.tree_unflatten(call.leaves, call.spec)[0]):
+            raise PerExampleError(
+                f"{layer.label} got a packed sequence, in which the examples lie interleaved: give it the padded tensor"
+            )
         if layer.batch_dim == "folded":
             raise PerExampleError(f"{layer.label} has no rule, and without one 'folded' is not possible: register one")
         self._layer = layer

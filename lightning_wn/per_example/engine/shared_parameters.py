@@ -44,9 +44,12 @@ class SharedParameters:
         bare, tied = _bare_parameters(calls, layers), _tied(calls, layers)
         outside = _uncalled_parameters(calls, layers)
         candidates = [call for call in calls if call.layer.rule is not None and _may_be_shared(call, batch_size)]
-        if not bare and not candidates and not outside and not tied:
+        several = [call for call in calls if call.layer.rule is None and len(call.outputs) > 1]
+        if not bare and not candidates and not outside and not tied and not several:
             return
         self._tensors = tensors = SharedTensors(loss, batch_size, apart)
+        for call in several:
+            _keep_outer_gradients(call, tensors)
         for call in candidates:
             output = call.outputs[0]
             node, index = output.edge
@@ -90,6 +93,31 @@ class SharedParameters:
         """Stop waiting."""
         if self._tensors is not None:
             self._tensors.remove()
+
+
+def _keep_outer_gradients(call: Call, tensors: SharedTensors) -> None:
+    """Tell what the rest of the model does with an output from what the module itself makes of it.
+
+    A recurrent cell returns h and c, and h is made of c: the gradient that reaches c is of both.
+
+    Raises:
+        PerExampleError: If one is used in both ways.
+    """
+    nodes = [output.edge[0] for output in call.outputs]
+    last = max((node._sequence_nr() for node in nodes if node is not None), default=0)
+    for output, node in zip(call.outputs, nodes, strict=True):
+        if node is None or not tensors.is_used(node) or has_own_axes(call.layer.module):
+            continue
+        if tensors.is_used_after(node, last):
+            continue
+        if tensors.is_used_before(node, last):
+            output.ignored = True
+            continue
+        raise PerExampleError(
+            f"{call.layer.label} uses one of its outputs itself, and the model uses it too (as the cell state of "
+            "nn.LSTMCell over several steps), so that its gradient cannot be told apart: use the layer that runs over "
+            "the sequence (nn.LSTM for nn.LSTMCell)"
+        )
 
 
 def _bare_parameters(calls: Sequence[Call], layers: Sequence[Layer]) -> list[tuple[str, dict[str, nn.Parameter], int]]:

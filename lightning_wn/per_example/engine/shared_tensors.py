@@ -89,7 +89,7 @@ class SharedTensors:
             if self._is_broadcast(consumer, shape):
                 return True
             name, result = consumer.name(), _result_shape(consumer)
-            if name in _PASSED | _BROADCASTS:
+            if name in _PASSED | _BROADCASTS | {"ViewAsRealBackward0"}:
                 if self.meets_batch(consumer, 0, result):
                     return True
             elif len(result) > len(shape) and result[0] == self._batch_size:
@@ -107,6 +107,10 @@ class SharedTensors:
     def is_used_after(self, node: Node, sequence: int) -> bool:
         """Whether all operations that take what the node made were called later than that one."""
         return all(consumer._sequence_nr() > sequence for consumer, _, _ in self._consumers.get(node, ()))
+
+    def is_used_before(self, node: Node, sequence: int) -> bool:
+        """Whether all operations that take what the node made were called no later than that one."""
+        return all(consumer._sequence_nr() <= sequence for consumer, _, _ in self._consumers.get(node, ()))
 
     def collect(
         self, node: Node, output: int, shape: Sequence[int], *, elementwise: bool = True, products: bool = False
