@@ -152,7 +152,7 @@ def batch_length(module: nn.Module, outputs: Sequence[Tensor]) -> int | None:
 
 
 def find_projections(
-    module: nn.MultiheadAttention, parameters: Mapping[str, nn.Parameter], inputs: Sequence[Tensor],
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
 ) -> list[Projection] | None:  # fmt: skip
     """Find the uses of the measured parameters in the graph between the module's inputs and outputs.

@@ -167,6 +167,12 @@ class Call:
         return input_axes(self.layer.module, arguments, self.tensors, batch_size, self.layer.axis)
 
 
+def start_of(layer: Layer, args: Any, kwargs: Any) -> tuple[list[int], Context]:
+    """Note how often each tensor among a call's arguments had been changed in place, and what else decides."""
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return [t._version for t in leaves], Context.capture(list({p.device for p in layer.parameters.values()}))
+
+
 def _wide(x: Tensor, grad: Tensor) -> Tensor:
     """Return a layer's input in float32 at least."""
     if not x.is_floating_point():

@@ -98,6 +98,14 @@ class Layer:
     maybe_sequence_first: bool
     ways: dict[bool, int] = field(default_factory=dict)
 
+    def count_call(self, *, in_backward: bool) -> None:
+        """Note that it was called; in a backward pass that is a recomputation."""
+        for slot in self.slots.values():
+            if in_backward:
+                slot.calls_in_backward += 1
+            else:
+                slot.calls += 1
+
     @property
     def axis(self) -> int:
         """The dimension that holds the batch, or the batch and the parts of its examples."""

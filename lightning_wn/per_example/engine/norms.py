@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.preconditioning import Denominator
 from lightning_wn.per_example.engine.attention import AttentionCall, batch_length, find_projections
-from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private
+from lightning_wn.per_example.engine.call import Call, Context, OutputGradient, is_private, start_of
 from lightning_wn.per_example.engine.forward_hooks import ForwardHooks
 from lightning_wn.per_example.engine.gradient_blocks import Elements, GradientBlocks
 from lightning_wn.per_example.engine.layers import BatchDim, Layer, Slot, find_layers
@@ -172,9 +172,7 @@ class PerExampleNorms:
             call.leave_to_children()
         self._common = terms.in_common(self._layers, self._batch_size, shares)
         if self._verification is not None:
-            for parameter in self._parameters:
-                if (common := self._common.get(id(parameter))) is not None:
-                    self._verification.add_part(parameter, common.grad)
+            self._verification.add_common(self._common)
 
     def after_backward(self) -> Tensor:
         """Return Σ over the measured parameters of |∂L/∂θ by example i|², shape (B,).
@@ -228,10 +226,7 @@ class PerExampleNorms:
             self._errors.append(error)
 
     def _note_start(self, layer: Layer, args: Any, kwargs: Any) -> None:
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        devices = list({p.device for p in layer.parameters.values()})
-        start = [t._version for t in leaves], Context.capture(devices)
-        self._starts.setdefault(layer.name, []).append(start)
+        self._starts.setdefault(layer.name, []).append(start_of(layer, args, kwargs))
 
     def _note_call(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> None:
         context: Context | None = None
@@ -245,12 +240,7 @@ class PerExampleNorms:
         if not any(o.requires_grad for o in outputs):
             return
         self.low_precision |= any(o.dtype.itemsize < 4 for o in outputs)
-        in_backward = torch._C._current_graph_task_id() != -1
-        for slot in layer.slots.values():
-            if in_backward:
-                slot.calls_in_backward += 1
-            else:
-                slot.calls += 1
+        layer.count_call(in_backward=torch._C._current_graph_task_id() != -1)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if layer.rule is None and self._follow_attention(layer, leaves, outputs):
             return
@@ -267,15 +257,12 @@ class PerExampleNorms:
 
     def _follow_attention(self, layer: Layer, leaves: Sequence[Any], outputs: Sequence[Tensor]) -> bool:
         """Wait inside the graph of an attention layer; False if it has to be run again."""
-        module, length = layer.module, batch_length(layer.module, outputs)
-        if not isinstance(module, nn.MultiheadAttention) or length is None:
-            return False
-        fold, rest = divmod(length, self._batch_size)
-        if rest or (fold > 1 and layer.batch_dim != "folded"):
-            return False
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        projections = find_projections(module, layer.parameters, inputs, outputs)
-        if projections is None:
+        length, projections = batch_length(layer.module, outputs), None
+        fold, rest = divmod(length or 0, self._batch_size)
+        if length is not None and not rest and (fold == 1 or layer.batch_dim == "folded"):
+            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            projections = find_projections(layer.module, layer.parameters, inputs, outputs)
+        if length is None or projections is None:
             return False
 
         def take(name: str, form: Form) -> None:
@@ -340,22 +327,15 @@ class PerExampleNorms:
         """Add up what was squared; see :meth:`after_backward`."""
         measured = self._measured
         device = measured.device if self._parameters else torch.device("cpu")
-
-        def stacked(terms: Sequence[Tensor]) -> Tensor:
-            # parts of a model may lie on several devices
-            rows = [term.to(device) for term in terms]
-            return torch.stack(rows) if rows else torch.zeros(0, self._batch_size, device=device)
-
-        sq_norms = stacked([sq_norms for _, sq_norms in self._sq_norms])
+        places = [place for place, _ in self._sq_norms]
+        sq_norms = _stacked([sq_norms for _, sq_norms in self._sq_norms], self._batch_size, device)
         total = sq_norms.sum(0)
-        sums = sq_norms.sum(1)
-        by_place = {place: sums[row] for row, (place, _) in enumerate(self._sq_norms)}
-        self.elements = self.blocks.join(self._found, by_place, device)
+        self.elements = self.blocks.join(self._found, dict(zip(places, sq_norms.sum(1), strict=True)), device)
         if measured.single_column:
             return total
         wide = summing_dtype(device)
-        places = [place for place, _ in self._sq_norms]
-        columns = measured.add_up(places, sq_norms.to(wide), stacked(self._preconditioned).to(wide))
+        preconditioned = _stacked(self._preconditioned, self._batch_size, device)
+        columns = measured.add_up(places, sq_norms.to(wide), preconditioned.to(wide))
         return torch.cat((total.unsqueeze(0), columns[1:].to(total.dtype))).T
 
     def _finish(self) -> None:
@@ -396,3 +376,9 @@ class PerExampleNorms:
             if self._verification is not None:
                 self._verification.add_form(parameters[name], form)
             self._take(layer.slots[name], form, layer)
+
+
+def _stacked(terms: Sequence[Tensor], batch_size: int, device: torch.device) -> Tensor:
+    """Stack one row a term; parts of a model may lie on several devices."""
+    rows = [term.to(device) for term in terms]
+    return torch.stack(rows) if rows else torch.zeros(0, batch_size, device=device)

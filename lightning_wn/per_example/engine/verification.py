@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_wn.per_example.rules.errors import PerExampleError
-from lightning_wn.per_example.rules.gradients import Form, dense_chunks
+from lightning_wn.per_example.rules.gradients import Common, Form, dense_chunks
 from lightning_wn.weight_norm.core.forward import call_forward
 
 _SAMPLED = 2048
@@ -72,6 +72,12 @@ class Verification:
         """Add the part of a parameter's gradient that is known example by example."""
         for some in dense_chunks([form], parameter.shape):
             self.add_part(parameter, some.sum(0))
+
+    def add_common(self, common: Mapping[int, Common]) -> None:
+        """Add what terms of weights alone give each parameter, by identity."""
+        for parameter in self._parameters:
+            if id(parameter) in common:
+                self.add_part(parameter, common[id(parameter)].grad)
 
     def stop(self) -> None:
         """Remove the hooks."""
