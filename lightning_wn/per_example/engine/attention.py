@@ -160,6 +160,7 @@ def find_projections(
     Returns:
         None if one is used in another way.
     """
+    assert isinstance(module, nn.MultiheadAttention)
     if saved_tensors_are_packed():
         return None
     names = {id(p): name for name, p in parameters.items()}
