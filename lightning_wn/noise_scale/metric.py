@@ -160,9 +160,16 @@ class GradientNoiseScale(Metric):
             GradientSamples(sq_norms=sample_sq_norms, sizes=sample_sizes, weights=weights, grad_sq_norm=grad_sq_norm)
         )
 
-    def add_samples(self, samples: GradientSamples) -> None:
-        """Add one optimizer step as a probe gives it, checksums included."""
-        self._new_rows.append(samples.to_row())
+    def add_samples(self, samples: GradientSamples, *, rank: int = 0, ranks: int = 1) -> None:
+        """Add one optimizer step as a probe gives it, checksums included.
+
+        Args:
+            samples: Of this rank.
+            rank: Which of ``ranks`` this is, where each rank has a mean of its own samples alone.
+            ranks: How many measurements the step then makes; the same on every rank.
+        """
+        row = samples.to_row()
+        self._new_rows += [row if own == rank else torch.zeros_like(row) for own in range(ranks)]
         self._computed = None
 
     @property

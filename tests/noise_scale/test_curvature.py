@@ -13,9 +13,9 @@ from torch.func import functional_call, hessian
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_wn import GradientNoiseScaleCallback, measure_noise_scale
+from lightning_wn import GradientNoiseScale, GradientNoiseScaleCallback, measure_noise_scale
 from lightning_wn.noise_scale.curvature import curvature_samples
-from lightning_wn.noise_scale.samples import measurement_from_row
+from lightning_wn.noise_scale.samples import GradientSamples, measurement_from_row
 
 
 def small_net():
@@ -113,7 +113,8 @@ def test_truth_in_the_callback():
     estimate = callback.estimate(group="curvature")
     grad_form, cov_form = bowl_truth()
     assert estimate.num_measurements == 200
-    assert estimate.lower < cov_form / grad_form < estimate.upper < 1.6 * estimate.lower
+    # products of two gradients are skewed, for which the upper end is moved out
+    assert estimate.lower < cov_form / grad_form < estimate.upper < 1.7 * estimate.lower
     assert float(trainer.callback_metrics["gns/curvature/noise_scale"]) == pytest.approx(estimate.noise_scale)
     assert callback.estimates()["curvature"] == estimate
 
@@ -283,3 +284,30 @@ def test_attention_has_a_second_derivative():
 
     found = curvature_samples(list(net.parameters()), loss, [(loss, 3), (loss, 3)])
     assert math.isfinite(float(found.grad_sq_norm))
+
+
+def test_ranks_that_have_a_mean_each():
+    """No gradient is averaged over ranks for the curvature: each rank's mean is one of its own samples alone."""
+    torch.manual_seed(0)
+
+    def samples():
+        rows = torch.randn(4, 6, dtype=torch.float64)
+        return GradientSamples(
+            sq_norms=rows.square().sum(1),
+            sizes=[8.0] * 4,
+            weights=[0.25] * 4,
+            grad_sq_norm=rows.mean(0).square().sum(),
+        )
+
+    steps = [[samples() for _ in range(3)] for _ in range(2)]
+    of_ranks = [GradientNoiseScale(ema_decay=1.0) for _ in range(2)]
+    alone = GradientNoiseScale(ema_decay=1.0)
+    for of_step in zip(*steps, strict=True):
+        for rank, (metric, own) in enumerate(zip(of_ranks, of_step, strict=True)):
+            metric.add_samples(own, rank=rank, ranks=2)
+            alone.add_samples(own)
+    of_ranks[0].fold_pending(of_ranks[0].pending + of_ranks[1].pending)
+    together = of_ranks[0].estimate()
+    assert together.num_measurements == 6
+    assert together.cov_trace == pytest.approx(alone.estimate().cov_trace)
+    assert together.grad_sq_norm == pytest.approx(alone.estimate().grad_sq_norm)

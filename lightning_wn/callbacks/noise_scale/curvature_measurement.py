@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -88,7 +89,10 @@ class CurvatureMeasurement:
             # the other ranks leave the same batch out, or training would not go on
             contextlib.suppress(_SkippedError),
         ):
-            self.metric.add_samples(curvature_samples(parameters, losses[0][0], losses[1:]))
+            samples = curvature_samples(parameters, losses[0][0], losses[1:])
+            # the step has as many examples on each rank
+            samples = replace(samples, examples=samples.sizes[0] * trainer.world_size, micro_batches=trainer.world_size)
+            self.metric.add_samples(samples, rank=trainer.global_rank, ranks=trainer.world_size)
 
 
 class _SkippedError(Exception):
