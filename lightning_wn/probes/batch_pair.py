@@ -91,7 +91,7 @@ class BatchPairProbe(Probe):
             self._edits.detach()
             self._edits = EditWatch(measured.parameters)
             self._measured = measured
-        self._edits.attach()
+        self._edits.start_step()
         self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
 
     @property
@@ -120,11 +120,11 @@ class BatchPairProbe(Probe):
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Watch what this backward pass gives."""
-        self._edits.watching = True
+        self._edits.attach()
 
     def end_backward(self) -> None:
         """Watch nothing that is differentiated between backward passes."""
-        self._edits.watching = False
+        self._edits.detach()
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Note what the gradient is a mean over, and what it was multiplied with."""

@@ -73,18 +73,18 @@ class ConsecutiveProbe(Probe):
         if not unchanged:
             self._edits.detach()
             self._edits = EditWatch(measured.parameters)
-        self._edits.attach()
+        self._edits.start_step()
         self._measured = measured
         self._step = step
         self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
 
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Watch what this backward pass gives."""
-        self._edits.watching = True
+        self._edits.attach()
 
     def end_backward(self) -> None:
         """Watch nothing that is differentiated between backward passes."""
-        self._edits.watching = False
+        self._edits.detach()
 
     def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
         """Add the examples of one micro-batch."""

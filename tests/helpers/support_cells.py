@@ -200,13 +200,13 @@ class Run:
         self.reference(model)
         found = []
         for loss in range(self.losses):
-            pairs, single = [], 0
-            for samples in self._windows(model, loss):
-                if len(samples) < 2:
-                    single += 1
-                else:
-                    pairs.append(solve(samples))
-            mean = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
+            windows = list(self._windows(model, loss))
+            pairs = [samples for samples in windows if len(samples) > 1]
+            single = len(windows) - len(pairs)
+            if self.arguments.get("unit", "examples") == "examples":
+                mean = torch.tensor([solve(samples) for samples in pairs], dtype=torch.float64).mean(0).tolist()
+            else:
+                mean = solve_parts(pairs)
             found.append(
                 {"grad_sq_norm": mean[0], "cov_trace": mean[1], "num_measurements": len(pairs), "single": single}
             )
@@ -290,6 +290,31 @@ def solve(samples: Sequence[Sample]) -> list[float]:
     system = torch.tensor([[1.0, float((w / n).sum())], [1.0, float((w**2 / n).sum())]], dtype=torch.float64)
     norms = torch.stack((w @ g.square().sum(1), (w @ g).square().sum()))
     return torch.linalg.solve(system, norms).tolist()
+
+
+def solve_parts(windows: Sequence[Sequence[Sample]]) -> list[float]:
+    """|G|² and n V where what is counted are parts of examples, of steps that have as many micro-batches each.
+
+    With D = |ḡ|² - Σ w_k²|g_k|² and p = 1 - Σ w_k², |G|² is Σ N² D / Σ N² p where samples weigh as many parts as they
+    have, and N is what such steps hold on average, up to each, where they do not. V is the mean of
+    Σ w_k²|g_k|² + (1/2 - Σ w_k²) D, less |G|² times that of Σ w_k² + (1/2 - Σ w_k²) p.
+    """
+    top = bottom = own = rest = counts = 0.0
+    for index, samples in enumerate(windows):
+        w = torch.tensor([s.weight for s in samples], dtype=torch.float64)
+        n = torch.tensor([s.size for s in samples], dtype=torch.float64)
+        g = torch.stack([s.gradient for s in samples])
+        w = w / w.sum()
+        alone, mean = float(w.square() @ g.square().sum(1)), float((w @ g).square().sum())
+        d, p = mean - alone, 1.0 - float(w.square().sum())
+        count = float(n.sum())
+        follows = torch.allclose(w, n / n.sum(), rtol=1e-3)
+        weight = (count if follows or not index else counts / index) ** 2
+        top, bottom, counts = top + weight * d, bottom + weight * p, counts + count
+        correction = 0.5 - (1.0 - p)
+        own, rest = own + alone + correction * d, rest + (1.0 - p) + correction * p
+    grad_sq_norm = top / bottom
+    return [grad_sq_norm, counts * (own - grad_sq_norm * rest) / len(windows) ** 2]
 
 
 # ---------------------------------------------------------------- the rows

@@ -119,7 +119,7 @@ def sync_batch_norm(folder):
     for layer, sync in ((nn.BatchNorm1d(32), True), (nn.SyncBatchNorm(32), False)):
         model = DigitsMLP()
         model.net.insert(1, layer)
-        trainer = two_ranks([GradientNoiseScaleCallback()], sync_batchnorm=sync, max_steps=2)
+        trainer = two_ranks([GradientNoiseScaleCallback("micro_batch")], sync_batchnorm=sync, max_steps=2)
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the sentence is checked by the test
             trainer.fit(model, loader(digits()))
         said.append(str(caught.value))
@@ -141,7 +141,7 @@ def tensor_parallel_ranks(folder):
 
     strategy = ModelParallelStrategy(process_group_backend="gloo")
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the sentence is checked by the test
-        two_ranks([GradientNoiseScaleCallback()], strategy, max_steps=2).fit(Sharded(), loader(digits()))
+        two_ranks([GradientNoiseScaleCallback("sharded")], strategy, max_steps=2).fit(Sharded(), loader(digits()))
     return str(caught.value)
 
 

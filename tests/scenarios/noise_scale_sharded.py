@@ -233,7 +233,7 @@ def refused_runs(folder):
             self.net[0].set_custom_reduce_scatter(UsersReduceScatter())
 
     def fit(model, strategy=None, **arguments):
-        trainer = model_parallel([Driver(**arguments)], strategy, max_steps=2)
+        trainer = model_parallel([Driver(probe="sharded", **arguments)], strategy, max_steps=2)
         return sentence(lambda: trainer.fit(model, loader(digits())))
 
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -50,7 +49,6 @@ class IndependenceCheck:
 
     def __init__(self, choice: ParameterChoice) -> None:
         self._checked: OptimizerMeasurement | None = None
-        self._due = False
         self._num_measured = 0
         self._within: Tensor | None = None
         self._rows: list[tuple[Tensor, Tensor]] = []
@@ -59,7 +57,7 @@ class IndependenceCheck:
         self._suspects = False
         self.num_pairs = 0
         """Steps that were compared, as of the last :meth:`verdict`."""
-        probe = _WhenTold(lambda: self._due)
+        probe = self._told = _WhenTold()
         probe.strict = False
         self._pair = OptimizerMeasurement(ParameterChoice(layers=choice.layers), GradientNoiseScale(), probe)
 
@@ -84,7 +82,7 @@ class IndependenceCheck:
             return
         checks = self._checked.measuring and isinstance(self._checked.probe, PerExampleProbe)
         always = self._suspects or self._num_measured < _FIRST
-        self._due = checks and (always or self._num_measured % _EVERY == 0) and not self._pair.probe.refusal
+        self._told.due = checks and (always or self._num_measured % _EVERY == 0) and not self._pair.probe.refusal
         self._pair.start_batch(trainer, model, batch_idx)
 
     def see_batch(
@@ -174,10 +172,9 @@ class IndependenceCheck:
 class _WhenTold(BatchPairProbe):
     """The pair of batches, for the steps that are checked."""
 
-    def __init__(self, is_due: Callable[[], bool]) -> None:
-        super().__init__()
-        self._is_due = is_due
+    due = False
+    """Whether the present step is checked."""
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
-        """Whether this step is checked."""
-        return self._is_due()
+        """Whether the present step is checked."""
+        return self.due

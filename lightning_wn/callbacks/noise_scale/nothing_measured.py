@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_wn.callbacks.noise_scale.measurements import Measurements
 from lightning_wn.callbacks.noise_scale.optimizer_measurement import OptimizerMeasurement
-from lightning_wn.callbacks.noise_scale.summary import WARNINGS
+from lightning_wn.callbacks.noise_scale.summary import REASONS, WARNINGS
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.text import plural
 
@@ -43,7 +43,9 @@ def _why(measurement: OptimizerMeasurement) -> str:
         return f"{looked_at}could not read them: {measurement.probe.refusal}."
     reason, count = max(measurement.metric.rejected.items(), key=lambda item: item[1])
     if count:
-        return looked_at + (_SINGLE + "." if reason is Rejection.SINGLE_SAMPLE else WARNINGS[reason])
+        why = "; a warning names the likely causes" if reason in WARNINGS else ""
+        single = reason is Rejection.SINGLE_SAMPLE
+        return f"{looked_at}{_SINGLE}." if single else f"{looked_at}left them out: {count} {REASONS[reason]}{why}."
     return (
         f"{looked_at}found nothing to compare their gradients with; train for more steps, or lower `every_n_steps` "
         f"from {measurement.every_n_steps}."

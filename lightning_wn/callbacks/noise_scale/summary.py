@@ -9,7 +9,7 @@ from lightning_wn.noise_scale.estimate import NoiseScaleEstimate
 from lightning_wn.noise_scale.samples import Rejection
 from lightning_wn.text import format_count
 
-_REASONS = {
+REASONS = {
     Rejection.SINGLE_SAMPLE: "had a single gradient sample",
     Rejection.NON_FINITE: "had NaN or infinite gradients",
     Rejection.MISMATCH: "had samples that do not add up to the optimizer's gradient",
@@ -78,7 +78,7 @@ def fit_summary(
     if others:
         found = (f"{name} {_short(other)}" for name, other in others.items())
         lines.append(f"Of its parts: {'; '.join(found)}.")
-    if left_out := [f"{count} that {_REASONS[reason]}" for reason, count in rejected.items() if count]:
+    if left_out := [f"{count} that {REASONS[reason]}" for reason, count in rejected.items() if count]:
         lines.append(f"Optimizer steps that were left out: {', '.join(left_out)}.")
     if estimate.num_measurements:
         number = "" if optimizer is None else f"{optimizer}"

@@ -40,16 +40,18 @@ class EditWatch:
         self._projections = [Projection(p, 0, generator) for p in self._parameters]
         self._handles: list[RemovableHandle] = []
         self._seen: dict[int, Tensor] = {}
-        self.watching = False
-        """Whether a backward pass of training's runs; others may differentiate in between."""
+
+    def start_step(self) -> None:
+        """Forget the last step."""
+        self.detach()
+        self._seen.clear()
 
     def attach(self) -> None:
-        """Watch the backward passes of a step."""
-        self._seen.clear()
-        self.watching = False
-        if self._handles:
-            return
+        """Watch a backward pass; others may differentiate in between, and no hook is on the model then."""
+        self.detach()
         for index, parameter in enumerate(self._parameters):
+            if not parameter.requires_grad:  # switched off, while another optimizer's network trains
+                continue
             handle = parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]  # torch's
             self._handles.append(handle)
             # before hooks that edit the gradient
@@ -58,7 +60,7 @@ class EditWatch:
                 hooks.move_to_end(handle.id, last=False)
 
     def detach(self) -> None:
-        """Remove the hooks; what they saw stays until they are set again."""
+        """Remove the hooks; what they saw stays until the next step."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -101,10 +103,9 @@ class EditWatch:
         projection, seen = self._projections[index], self._seen
 
         def see_gradient(gradient: Tensor) -> None:
-            if self.watching:
-                picked = projection.pick(gradient.detach())
-                before = seen.get(index)
-                seen[index] = picked.clone() if before is None else before + picked
+            picked = projection.pick(gradient.detach())
+            before = seen.get(index)
+            seen[index] = picked.clone() if before is None else before + picked
 
         return see_gradient
 

@@ -253,7 +253,7 @@ class TestLifeCycle:
     def test_an_approximate_noise_scale_is_not_followed(self):
         model = Model()
         model.net.insert(1, nn.BatchNorm1d(32).double())
-        noise_scale = GradientNoiseScaleCallback(every_n_steps=1)
+        noise_scale = GradientNoiseScaleCallback("consecutive", every_n_steps=1)
         callback = AdaptiveBatchSizeCallback(10.0, every_n_steps=1)
         with pytest.warns(UserWarning, match="does not follow an approximate noise scale"):
             L.Trainer(

@@ -158,7 +158,10 @@ def test_each_step_is_right_or_left_out(probe, place, expected):
         if left_out:
             # one factor after each micro-batch is not one factor of the step
             assert edit not in UNIFORM or (probe, hook) == ("micro_batch", "on_after_backward"), edit.__name__
-            assert any("hook or callback that edits" in sentence for sentence in said), (edit.__name__, said)
+            assert any("gradients that are edited before this callback reads them" in sentence for sentence in said), (
+                edit.__name__,
+                said,
+            )
         if estimate.num_measurements:
             # what is left is right: all of them, or of none
             truth = expected[probe]

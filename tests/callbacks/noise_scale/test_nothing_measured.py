@@ -81,9 +81,9 @@ def test_all_left_out():
             return super().training_step(batch, batch_idx) * torch.inf
 
     said, _ = fit(Infinite(), accumulate_grad_batches=2)
-    assert "looked at 3 optimizer steps, and some gradients were NaN or infinite" in said
+    assert "looked at 3 optimizer steps, and left them out: 3 had NaN or infinite gradients; a warning names" in said
     said, _ = fit(accumulate_grad_batches=2, batch_size_fn=lambda batch: 0)
-    assert "looked at 3 optimizer steps, and a batch counts no example" in said
+    assert "looked at 3 optimizer steps, and left them out: 3 had a batch that counts no example; a" in said
 
 
 def test_two_backward_passes_are_named():
