@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_wn.module_selectors import ModuleSelection, as_selectors, matcher, show_selection
-from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype, require_dense
+from lightning_wn.noise_scale.norms import foreach_norms, norm_dtype
 from lightning_wn.noise_scale.preconditioning import Denominator, divide
 from lightning_wn.summing import summing_dtype
 from lightning_wn.text import some
@@ -136,13 +136,10 @@ def find_measured(
         denominator: See :class:`MeasuredParameters`.
 
     Raises:
-        ValueError: If an entry matches no trainable parameter, or a group none that is measured, and for a parameter
-            that is sparse itself.
+        ValueError: If an entry matches no trainable parameter, or a group none that is measured.
     """
     chosen = {id(p) for p in (trainable if layers is None else _named("layers", layers, model, trainable))}
     measured = [p for p in trainable if id(p) in chosen]
-    for parameter in measured:
-        require_dense(parameter)
     members, coverage = [], [_share(measured, trainable)]
     for name, selection in groups.items():
         named = _named(f"groups[{name!r}]", selection, model, trainable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
+from lightning_wn.noise_scale.norms import require_dense
 from lightning_wn.noise_scale.samples import GradientSamples
 
 SAME_EXAMPLES = "every batch holds the same examples, so that two of them are no two samples"
@@ -112,6 +113,23 @@ class Probe:
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Read the optimizer's gradient and return the samples, or None if there is nothing to measure."""
         raise NotImplementedError
+
+    def refuses_sparse(self, gradients: Iterable[Tensor | None]) -> bool:
+        """Whether one of the gradients is sparse, which no probe reads.
+
+        Raises:
+            ValueError: Then, if the probe is strict.
+        """
+        sparse = next((g for g in gradients if g is not None and g.layout is not torch.strided), None)
+        if sparse is None:
+            return False
+        try:
+            require_dense(sparse)
+        except ValueError as error:
+            if self.strict:
+                raise
+            self.refusal = self.refusal or str(error)
+        return True
 
     def detach(self) -> None:
         """Remove all hooks and forget the step."""

@@ -139,6 +139,8 @@ class BatchPairProbe(Probe):
         # an optimizer that steps several times on a batch: the first pair is still to come
         if not self._micro_batches or self._pending is not None:
             return None
+        if self.refuses_sparse(p.grad for p in self._measured.parameters):
+            return None
         model = self._model
         assert model is not None
         if epoch_has_same_examples(model.trainer, self._micro_batches):

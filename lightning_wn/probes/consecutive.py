@@ -96,7 +96,8 @@ class ConsecutiveProbe(Probe):
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
         self._edits.detach()
-        if not self._micro_batches or self.refusal:
+        gradients = [p.grad for p in self._measured.parameters]
+        if not self._micro_batches or self.refusal or self.refuses_sparse(gradients):
             return None
         measured, dtype = self._measured, summing_dtype(self._measured.device)
         scale = mean_scale(self._weight, grad_scale, dtype)
@@ -104,7 +105,6 @@ class ConsecutiveProbe(Probe):
         if factor is not None:
             # rescaled as a whole, as by clipping: the gradient as it was before
             scale = mean_scale(self._weight, self._loss_scale, dtype).to(factor) / factor
-        gradients = [p.grad for p in measured.parameters]
         sq_norm = measured.sq_norms_of_optimizers_gradient(scale)
         last = self._last
         if last is not None and [g is None for g in last.gradients] != [g is None for g in gradients]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
-from lightning_wn.noise_scale.norms import norm_dtype, require_dense
+from lightning_wn.noise_scale.norms import norm_dtype
 from lightning_wn.noise_scale.samples import GradientSamples
 from lightning_wn.probes.base import Probe, mean_scale, sample_sizes
 from lightning_wn.probes.checks.checksums import Projection, choose_projections, project
@@ -102,12 +102,14 @@ class MicroBatchProbe(Probe):
         device = self._sq_norms[0].device
         dtype = self._sq_norms[0].dtype
         scale = mean_scale(sum(self._weights), grad_scale, dtype)
-        grad_sq_norm = self._measured.sq_norms_of_optimizers_gradient(scale)
-        parameters = self._measured.parameters
+        parameters = () if self.refuses_sparse(p.grad for p in self._measured.parameters) else self._measured.parameters
+        grad_sq_norm = torch.zeros_like(self._sq_norms[0])
+        if parameters:
+            grad_sq_norm = self._measured.sq_norms_of_optimizers_gradient(scale)
         picks = [
             (projection, projection.pick(grad))
             for index, projection in self._projections.items()
-            if (grad := parameters[index].grad) is not None
+            if parameters and (grad := parameters[index].grad) is not None
         ]
         samples = GradientSamples(
             sq_norms=torch.stack(self._sq_norms),
@@ -153,20 +155,20 @@ class MicroBatchProbe(Probe):
         projection = self._projections.get(index)
         vector_norm, dtype = torch.linalg.vector_norm, norm_dtype(parameter.dtype)
         measured, preconditioned = self._measured, self._preconditioned
-        preconditions = measured.denominator is not None
+        preconditions, strided = measured.denominator is not None, torch.strided
 
         def see_gradient(grad: Tensor) -> None:
             if self._recording:
                 fired.append(index)
-                try:
-                    norms.append(vector_norm(grad) if dtype is None else vector_norm(grad, dtype=dtype))
-                    if projection is not None:
-                        checks.append((projection, projection.pick(grad)))
-                    if preconditions:
-                        preconditioned.append(measured.preconditioned_norm(index, grad))
-                except Exception:  # where a sparse gradient fails, if it does, differs between versions of torch
-                    require_dense(grad)
-                    raise
+                if grad.layout is not strided:
+                    # other ranks wait for this step's row, which leaves it out on all
+                    self._irregular |= self.refuses_sparse([grad])
+                    grad = torch.zeros(parameter.shape, device=grad.device, dtype=grad.dtype)
+                norms.append(vector_norm(grad) if dtype is None else vector_norm(grad, dtype=dtype))
+                if projection is not None:
+                    checks.append((projection, projection.pick(grad)))
+                if preconditions:
+                    preconditioned.append(measured.preconditioned_norm(index, grad))
 
         return see_gradient
 

@@ -137,12 +137,14 @@ class PerExampleProbe(Probe):
         """Take the norm of the optimizer's gradient over the measured parameters."""
         if self._failed or not self._weights or self._norms is None:
             return None
+        if self.refuses_sparse(p.grad for p in self._measured.parameters):
+            return None
         dtype = self._sq_norms[0].dtype
         scale = mean_scale(self._total_weight, grad_scale, dtype)
         if sum(map(len, self._sizes)) < 2:
             self._note(PerExampleError("an optimizer step of one example has a single gradient sample"))
-            return None
-        self._num_measured += 1
+        else:
+            self._num_measured += 1
         gradient = self._norms.blocks.of_gradient(self._sq_norms[0].device)
         unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(gradient)
         factor, difference = self._norms.blocks.compare(reduce(operator.add, self._elements), gradient * unscale)

@@ -16,7 +16,9 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
+from lightning_wn.noise_scale.norms import require_dense
 from lightning_wn.weight_norm.core.mean_only_batch_norm import MeanOnlyBatchNorm
 
 Placement = Literal["replicated", "sharded"]
@@ -87,10 +89,13 @@ def require_independent_ranks(trainer: Trainer, pl_module: LightningModule, *, m
 
 
 def require_dense_gradients(pl_module: LightningModule) -> None:
-    """Raise ValueError where an embedding gives sparse gradients, whose norms no probe reads."""
+    """Raise ValueError where an embedding gives sparse gradients, whose norms no probe reads, or a weight is sparse."""
     for name, module in pl_module.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(
                 f"`GradientNoiseScaleCallback` cannot read sparse gradients, and {name!r} was built with "
                 "`sparse=True`; build it with `sparse=False`."
             )
+    for parameter in pl_module.parameters():
+        if not isinstance(parameter, UninitializedParameter):
+            require_dense(parameter)

@@ -279,6 +279,13 @@ def _own_hooks(module: nn.Module) -> list[Any]:
     return [hook for name in _HOOKS for hook in getattr(module, name).values() if _is_own(hook)]
 
 
+def has_users_hooks(model: nn.Module) -> bool:
+    """Whether hooks that are not this package's are on a module; on a copy they would be called once more."""
+    return any(
+        not _is_own(hook) for module in model.modules() for name in _HOOKS for hook in getattr(module, name).values()
+    )
+
+
 def _remove_own_hooks(module: nn.Module) -> None:
     for name in _HOOKS:
         hooks = getattr(module, name)

@@ -141,7 +141,9 @@ def test_reentrant_checkpoint_of_a_reused_layer_is_irregular():
     assert isinstance(outcome(False), Measurement)
 
 
-def test_gradient_edited_before_the_step_is_a_mismatch():
+@pytest.mark.parametrize("uniform", [True, False])
+def test_gradients_edited_before_the_step(uniform):
+    """One factor on all of them leaves the numbers as they were; anything else is a mismatch."""
     net = small_net()
     probe = MicroBatchProbe()
     probe.begin(0, 1, net, MeasuredParameters(list(net.parameters())))
@@ -149,11 +151,18 @@ def test_gradient_edited_before_the_step_is_a_mismatch():
         probe.before_backward()
         (net(batch).square().mean() / 2).backward()
         probe.after_backward(len(batch), 0.5, None)
-    for parameter in net.parameters():
-        parameter.grad.mul_(0.9)
+    whole = sum(float(p.grad.square().sum()) for p in net.parameters())
+    for place, parameter in enumerate(net.parameters()):
+        parameter.grad.mul_(0.9 if uniform or not place else 1.0)
     samples = probe.finish(None, full=True)
     probe.detach()
-    assert measurement_from_row(samples.to_row().tolist(), 0.01) is Rejection.MISMATCH
+    result = measurement_from_row(samples.to_row().tolist(), 0.01)
+    if uniform:
+        mean, spread = result.pairs[0]
+        # of two samples of 3 and 4 examples that weigh alike
+        assert mean + spread * (1 / 3 + 1 / 4) / 4 == pytest.approx(whole, rel=1e-5)
+    else:
+        assert result is Rejection.MISMATCH
 
 
 def test_gradients_taken_outside_the_backward_pass_are_ignored():

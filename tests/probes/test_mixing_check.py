@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wn import GradientNoiseScaleCallback
 from lightning_wn.per_example.mixing import search
-from lightning_wn.probes import mixing_check
+from lightning_wn.probes.checks import mixing as mixing_check
 
 
 class Classifier(L.LightningModule):
@@ -226,7 +226,7 @@ def test_a_batch_that_training_step_empties():
 
 
 def test_positions_in_a_table_that_looks_like_a_batch():
-    """T x T relative positions behind `masked_fill`, with T == B: the engine takes the table's rows for examples."""
+    """T x T relative positions behind `masked_fill`, with T == B: all examples share them, and it is exact."""
 
     class Relative(L.LightningModule):
         def __init__(self):
@@ -248,8 +248,16 @@ def test_positions_in_a_table_that_looks_like_a_batch():
 
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(16, 8, 4, generator=generator), torch.randint(0, 3, (16, 8), generator=generator)
-    with pytest.raises(ValueError, match="examples mix"):
-        fit(make(Relative), loader=DataLoader(TensorDataset(x, y), 8))
+    model = make(Relative)
+    callback = fit(model, loader=DataLoader(TensorDataset(x[:8], y[:8]), 8), steps=1)
+    fresh = make(Relative)
+    rows = [
+        torch.autograd.grad(fresh.training_step((x[i : i + 1], y[i : i + 1]), 0), list(fresh.parameters()))
+        for i in range(8)
+    ]
+    spread = torch.stack([torch.cat([g.flatten() for g in row]).double() for row in rows]).var(0).sum()
+    # float32 gradients
+    assert callback.estimate().cov_trace == pytest.approx(float(spread), rel=1e-4)
 
 
 def test_looks_have_an_end(monkeypatch):

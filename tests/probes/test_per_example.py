@@ -170,7 +170,7 @@ def test_what_shows_in_the_first_step_is_an_error_before_the_optimizer_moves():
     model = Mixes(first=0)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"`probe='per_example'`: .*accumulate_grad_batches"):
-        measure(model, loader(digits()), steps=5)
+        measure(model, loader(digits()), steps=5, probe="per_example")
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -184,7 +184,7 @@ def test_what_shows_later_leaves_the_step_out_or_is_measured():
             return loss + 0.0 * self.net[2](torch.zeros(1, 32)).sum() if batch_idx >= self.first else loss
 
     with pytest.warns(UserWarning, match="leaves out steps, and says so once"):
-        callback = measure(Twice(first=3), loader(digits(320)), steps=10)
+        callback = measure(Twice(first=3), loader(digits(320)), steps=10, probe="per_example")
     assert callback.estimate().num_measurements == 3
 
 

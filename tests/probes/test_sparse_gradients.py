@@ -58,7 +58,7 @@ def batches() -> DataLoader:
 
 @pytest.mark.parametrize("model", [LookUp, SparseWeight])
 @pytest.mark.parametrize("width", [4, 100], ids=["one of many", "the largest"])
-@pytest.mark.parametrize("probe", ["micro_batch", "per_example", "consecutive"])
+@pytest.mark.parametrize("probe", ["micro_batch", "per_example", "batch_pair", "consecutive"])
 def test_every_probe_refuses_them_in_a_sentence(probe, width, model):
     accumulate = 2 if probe == "micro_batch" else 1
     callback = GradientNoiseScaleCallback(probe, every_n_steps=1)
@@ -66,6 +66,17 @@ def test_every_probe_refuses_them_in_a_sentence(probe, width, model):
     shape = rf"\({TOKENS}, {width}\)" if model is LookUp else rf"\({width}, {TOKENS}\)"
     with pytest.raises(ValueError, match=rf"sparse_coo gradient of a parameter of shape {shape}; .*`sparse=False`"):
         trainer.fit(model(width), batches())
+
+
+@pytest.mark.parametrize("model", [LookUp, SparseWeight])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_by_default_they_end_no_run(accumulate, model):
+    callback = GradientNoiseScaleCallback(every_n_steps=1)
+    trainer = L.Trainer(callbacks=[callback], max_steps=4, accumulate_grad_batches=accumulate, **QUIET)
+    with pytest.warns(UserWarning, match=r"sparse_coo gradient of a parameter of shape .*`sparse=False`"):
+        trainer.fit(model(4), batches())
+    assert trainer.global_step == 4
+    assert callback.estimate().num_measurements == 0
 
 
 @pytest.mark.parametrize("curvature", [False, True])

@@ -16,6 +16,7 @@ from lightning_wn.noise_scale.samples import ROW_SIZE, Rejection, measurement_fr
 from lightning_wn.noise_scale.statistics import student_t_quantile
 from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.per_example import PerExampleProbe
+from lightning_wn.probes.silent_copy import has_users_hooks
 
 _FIRST, _EVERY = 40, 10
 _LEAST = 8
@@ -38,10 +39,11 @@ class IndependenceCheck:
     No look at one batch can see that.
 
     For the first 40 measured steps, and then for one in ten (for each, while there is a suspicion at 10 %), the probe
-    ``batch_pair`` takes the next batch's gradient, too. Of each step the logarithm of the ratio of both traces is
-    taken; under independence its mean is zero or less (Jensen's inequality: the trace between batches is the
-    noisier of the two). There is an alarm once the mean of eight or more is above zero by Student's t, one-sided
-    at 0.1 %, and at least a fifth of the |G|² within batches is what is too much.
+    ``batch_pair`` takes the next batch's gradient, too, unless hooks of the user's would be called for it. Of each step
+    the logarithm of the ratio of both traces is taken; under independence its mean is zero or less (Jensen's
+    inequality: the trace between batches is the noisier of the two). There is an alarm once the mean of eight or more
+    is above zero by Student's t, one-sided at 0.1 %, and at least a fifth of the |G|² within batches is what is too
+    much.
 
     Args:
         choice: What is measured, as for the measurement that is checked.
@@ -83,6 +85,8 @@ class IndependenceCheck:
         checks = self._checked.measuring and isinstance(self._checked.probe, PerExampleProbe)
         always = self._suspects or self._num_measured < _FIRST
         self._told.due = checks and (always or self._num_measured % _EVERY == 0) and not self._pair.probe.refusal
+        if self._told.due and has_users_hooks(model):
+            self._told.due = False
         self._pair.start_batch(trainer, model, batch_idx)
 
     def see_batch(

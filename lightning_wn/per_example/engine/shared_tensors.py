@@ -40,11 +40,7 @@ _ELEMENTWISE = {
     "Atan2Backward0", "XlogyBackward0", "AddcmulBackward0", "AddcdivBackward0", "LerpBackward0", "LerpBackward1",
     "MaskedFillBackward0", "HypotBackward0", "LogaddexpBackward0",
 }  # fmt: skip
-_REDUCED = {
-    "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "LinalgVectorNormBackward0", "NormBackward0",
-    "NormBackward1", "LogsumexpBackward0",
-}  # fmt: skip
-_PASSED = RESHAPED | ELEMENTWISE_OF_ONE | _REDUCED | {"IndexBackward0"}
+_PASSED = RESHAPED | ELEMENTWISE_OF_ONE | {"IndexBackward0"}
 _BROADCASTS = _LINEAR | _ELEMENTWISE
 # node -> which of its operands is the matrix, and the name under which it saved the other factor
 _PRODUCTS = {"MmBackward0": (1, "_saved_self"), "AddmmBackward0": (2, "_saved_mat1")}

@@ -103,6 +103,8 @@ class EditWatch:
         projection, seen = self._projections[index], self._seen
 
         def see_gradient(gradient: Tensor) -> None:
+            if gradient.layout is not torch.strided:  # the probe refuses it when it comes to the step
+                return
             picked = projection.pick(gradient.detach())
             before = seen.get(index)
             seen[index] = picked.clone() if before is None else before + picked
