@@ -49,6 +49,8 @@ class Probe:
     """Whether what it finds unmeasurable at first is an error; otherwise it says so in ``refusal``."""
     refusal: str = ""
     """Why it cannot go on in this run, in a sentence with the cause: another probe had better take over."""
+    num_left_out: int = 0
+    """Measured optimizer steps that it could not read."""
     optimizer: Optimizer | None = None
     """Whose gradients it reads."""
     step_of_batch: int = 1

@@ -65,7 +65,7 @@ class BatchPairProbe(Probe):
         self._loss_scale: Tensor | None = None
         self._micro_batches = 0
         self._pending: _Pending | None = None
-        self._num_measured = self._num_left_out = 0
+        self._num_measured = 0
         self._warned = False
         self._failure: str | None = None
 
@@ -216,11 +216,11 @@ class BatchPairProbe(Probe):
         return None
 
     def _leave_out(self, cause: str) -> None:
-        self._num_left_out += 1
+        self.num_left_out += 1
         if self.strict and not self._num_measured:
             self.detach()
             raise CannotMeasureError(f"`probe='batch_pair'`: {cause}; {_ALTERNATIVES}.")
-        if self._num_left_out > self._num_measured:
+        if self.num_left_out > self._num_measured:
             self.refusal = cause
         elif not self._warned:
             self._warned = True

@@ -212,6 +212,7 @@ class PerExampleProbe(Probe):
         except PerExampleError as error:
             self._failed = True
             self._refuse(error)
+            self.num_left_out += 1
             return None
 
     def _refuse(self, error: PerExampleError) -> None:

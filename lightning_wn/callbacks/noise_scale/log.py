@@ -86,6 +86,7 @@ class NoiseScaleLog:
                 self._advise(index),
                 measurement.metric.rejected,
                 measurement.every_n_steps,
+                unread=measurement.probe.num_left_out,
                 optimizer=index if len(self._measurements) > 1 else None,
                 others={group: self._measurements.estimate(index, group) for group in self._measurements.names},
             )

@@ -59,6 +59,7 @@ def fit_summary(
     rejected: Mapping[Rejection, int],
     every_n_steps: int,
     *,
+    unread: int = 0,
     optimizer: int | None = None,
     others: Mapping[str, NoiseScaleEstimate] | None = None,
 ) -> str:
@@ -68,6 +69,7 @@ def fit_summary(
         advice: The advice on all measured parameters.
         rejected: Optimizer steps that were left out, by reason.
         every_n_steps: The cadence.
+        unread: Optimizer steps that the probe could not read.
         optimizer: Its position, where there are several.
         others: Estimates of groups, by name.
     """
@@ -78,8 +80,12 @@ def fit_summary(
     if others:
         found = (f"{name} {_short(other)}" for name, other in others.items())
         lines.append(f"Of its parts: {'; '.join(found)}.")
-    if left_out := [f"{count} that {REASONS[reason]}" for reason, count in rejected.items() if count]:
-        lines.append(f"Optimizer steps that were left out: {', '.join(left_out)}.")
+    left_out = [(count, REASONS[reason]) for reason, count in rejected.items()]
+    left_out.append((unread, "could not be read by the probe"))
+    if total := sum(count for count, _ in left_out):
+        share = total / (total + estimate.num_measurements)
+        reasons = ", ".join(f"{count} that {why}" for count, why in left_out if count)
+        lines.append(f"Optimizer steps that were left out, {share:.0%} of those looked at: {reasons}.")
     if estimate.num_measurements:
         number = "" if optimizer is None else f"{optimizer}"
         count = len(advice.doubts)

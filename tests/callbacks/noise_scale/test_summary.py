@@ -36,10 +36,11 @@ def test_what_was_left_out_and_parts_have_a_line_each():
     advice = make_advice(128.0, 110.0, 150.0)
     rejected = NOTHING | {Rejection.NON_FINITE: 4, Rejection.SINGLE_SAMPLE: 1}
     others = {"head": make_estimate(50.0, 40.0, 60.0), "body": make_estimate(200.0, 0.0, math.inf)}
-    _, parts, left_out, _, _ = summary_of(advice, rejected, others=others)
+    _, parts, left_out, _, _ = summary_of(advice, rejected, others=others, unread=95)
     assert parts == "Of its parts: head 50 (40 to 60); body 200 (0 to inf)."
     assert left_out == (
-        "Optimizer steps that were left out: 1 that had a single gradient sample, 4 that had NaN or infinite gradients."
+        "Optimizer steps that were left out, 20% of those looked at: 1 that had a single gradient sample, 4 that had NaN "
+        "or infinite gradients, 95 that could not be read by the probe."
     )
 
 
@@ -61,6 +62,7 @@ def test_nothing_measured_is_one_line_and_what_was_left_out():
     advice = make_advice(math.nan, 0.0, math.inf, batch_size=math.nan, num_measurements=0)
     assert summary_of(advice, NOTHING | {Rejection.MISMATCH: 7}, 1) == [
         "Gradient noise scale not measured yet, by the probe 'micro_batch' on every optimizer step.",
-        "Optimizer steps that were left out: 7 that had samples that do not add up to the optimizer's gradient.",
+        "Optimizer steps that were left out, 100% of those looked at: 7 that had samples that do not add up to the "
+        "optimizer's gradient.",
     ]
     assert "not measured yet" in advice.suggestion
