@@ -39,8 +39,8 @@ def test_what_was_left_out_and_parts_have_a_line_each():
     _, parts, left_out, _, _ = summary_of(advice, rejected, others=others, unread=95)
     assert parts == "Of its parts: head 50 (40 to 60); body 200 (0 to inf)."
     assert left_out == (
-        "Optimizer steps that were left out, 20% of those looked at: 1 that had a single gradient sample, 4 that had NaN "
-        "or infinite gradients, 95 that could not be read by the probe."
+        "Optimizer steps that were left out, 20% of those looked at: 1 that had a single gradient sample, 4 that had "
+        "NaN or infinite gradients, 95 that could not be read by the probe."
     )
 
 
