@@ -10,14 +10,22 @@ from lightning_wn.per_example.rules.errors import can_have_examples
 from lightning_wn.probes.base import Probe
 from lightning_wn.probes.batch_pair import BatchPairProbe
 from lightning_wn.probes.consecutive import ConsecutiveProbe
+from lightning_wn.probes.loss_terms import LossTermsProbe
 from lightning_wn.probes.micro_batch import MicroBatchProbe
 from lightning_wn.probes.per_example import PerExampleProbe
 from lightning_wn.probes.requirements import parameter_placement
 from lightning_wn.probes.sharded import ShardedProbe
+from lightning_wn.trainer import epoch_has_same_examples
 
-PROBES: dict[str, type[Probe]] = {
-    probe.name: probe for probe in (MicroBatchProbe, ShardedProbe, PerExampleProbe, BatchPairProbe, ConsecutiveProbe)
-}
+_IN_ORDER: tuple[type[Probe], ...] = (
+    MicroBatchProbe,
+    ShardedProbe,
+    PerExampleProbe,
+    BatchPairProbe,
+    LossTermsProbe,
+    ConsecutiveProbe,
+)
+PROBES: dict[str, type[Probe]] = {probe.name: probe for probe in _IN_ORDER}
 
 
 def choose_probe(
@@ -76,4 +84,6 @@ def _candidates(
     if trainer.world_size * accumulation >= 2:
         return [MicroBatchProbe.name]
     whole = independent and len(trainer.optimizers) < 2 and can_have_examples(pl_module)
-    return [*([PerExampleProbe.name] if whole else []), BatchPairProbe.name, ConsecutiveProbe.name]
+    # where one batch holds all data there are no two to compare
+    pair = LossTermsProbe.name if epoch_has_same_examples(trainer, 1) else BatchPairProbe.name
+    return [*([PerExampleProbe.name] if whole else []), pair, ConsecutiveProbe.name]

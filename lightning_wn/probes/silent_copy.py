@@ -132,12 +132,9 @@ class SilentCopy:
             # between two batches no optimizer is toggled
             copied.requires_grad_(original.requires_grad)
         self._model._param_requires_grad_state = {}
-        if any(id(p) not in self._copies for p in parameters):
-            raise CannotMeasureError(
-                "an optimizer moves parameters that are no part of the model, so a copy has none of them"
-            )
+        copies = self.copies_of(parameters)
         try:
-            reached = self._run(_copied_batch(batch), batch_idx, optimizer, step)
+            reached = self._run(copied_batch(batch), batch_idx, optimizer, step)
         except (CannotMeasureError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -146,7 +143,40 @@ class SilentCopy:
             ) from error
         if not reached:
             return None
-        return [self._copies[id(p)][1].grad for p in parameters], loss_scale(self._trainer, self._model.device)
+        return [own.grad for own in copies], loss_scale(self._trainer, self._model.device)
+
+    def copies_of(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return what stands for these parameters."""
+        if any(id(p) not in self._copies for p in parameters):
+            raise CannotMeasureError(
+                "an optimizer moves parameters that are no part of the model, so a copy has none of them"
+            )
+        return [self._copies[id(p)][1] for p in parameters]
+
+    def loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch at the copied weights, with its graph.
+
+        Raises:
+            CannotMeasureError: If ``training_step`` fails, or gives no loss.
+        """
+        on_gpu = self._model.device.type == "cuda"
+        try:
+            with (
+                isolate_rng(include_cuda=on_gpu),
+                _other_rng(self._model.device),
+                torch.enable_grad(),
+                _eager(),
+                self._trainer.precision_plugin.train_step_context(),
+            ):
+                output = training_step_output(self._model, batch, batch_idx)
+        except Exception as error:
+            raise CannotMeasureError(
+                f"`training_step` fails on a copy of the model ({type(error).__name__}: {error})".replace("\n", " ")
+            ) from error
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or _reaches(loss, self._originals):
+            raise CannotMeasureError(f"a copy of {type(self._model).__name__} gives no loss of its own")
+        return loss
 
     def _run(self, batch: Any, batch_idx: int, optimizer: Optimizer | None, step: int) -> bool:
         """Run one batch, and return whether the gradients that are wanted are there."""
@@ -299,7 +329,7 @@ def _is_own(hook: Any) -> bool:
     return str(getattr(function, "__module__", "")).partition(".")[0] == _PACKAGE
 
 
-def _copied_batch(batch: Any) -> Any:
+def copied_batch(batch: Any) -> Any:
     """Copy a batch: `training_step` may write into it."""
     memo: dict[int, Any] = {}
     _prepare(batch, memo, set())

@@ -67,7 +67,8 @@ class GradientNoiseScaleCallback(NoiseScaleResults, Callback):
             accumulation, DDP, or both. ``"sharded"``: the same under ModelParallelStrategy with FSDP2.
             ``"per_example"``: each example of a batch, on one device, for layers that do not mix examples.
             ``"batch_pair"``: the next batch at the same weights, too, on one device, for any model that can be
-            copied. ``"consecutive"``: each optimizer step beside the last one, on one device; approximate, and far
+            copied. ``"loss_terms"``: each term of the loss, where one batch holds all data, as a whole graph does.
+            ``"consecutive"``: each optimizer step beside the last one, on one device; approximate, and far
             off at large learning rates. ``"auto"`` takes ``sharded`` under ModelParallelStrategy, ``micro_batch``
             where a step has two micro-batches or more, ``per_example`` otherwise, and ``batch_pair`` for
             models with BatchNorm, under torch.compile, and for several optimizers.
@@ -118,7 +119,9 @@ class GradientNoiseScaleCallback(NoiseScaleResults, Callback):
 
     def __init__(
         self,
-        probe: Literal["auto", "micro_batch", "sharded", "per_example", "batch_pair", "consecutive"] = "auto",
+        probe: Literal[
+            "auto", "micro_batch", "sharded", "per_example", "batch_pair", "loss_terms", "consecutive"
+        ] = "auto",
         *,
         every_n_steps: int | None = None,
         ema_decay: float = DEFAULT_EMA_DECAY,
