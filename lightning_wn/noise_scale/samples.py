@@ -24,6 +24,8 @@ NUM_CHECKSUMS = 4
 """Random projections of the gradient that travel with the samples."""
 _ENOUGH_CHECKSUMS = 3
 """So many tell one factor on the whole gradient from other edits."""
+_CLOSER = 0.05
+"""Share of the tolerance that one factor leaves: checksums that nearly cancel would agree with any."""
 
 # columns of a row; Σ runs over the samples of all ranks once the ranks' rows are added
 _RANKS, _FULL, _IRREGULAR, _COUNT, _MICRO_BATCHES = range(5)  # per rank: 1, flags, K, micro-batches
@@ -350,9 +352,9 @@ def _common_factor(row: Sequence[float], tolerance: float, of_samples: float, of
         for square, mean in zip(row[_GRAD_CHECK_SQ], of_grad, strict=True)
     ]
 
-    def fits(factor: float) -> bool:
+    def fits(factor: float, share: float = 1.0) -> bool:
         checks = zip(of_sums, of_grad, spreads, allowed, strict=True)
-        return all(max(abs(a * factor - b), spread) <= most * factor for a, b, spread, most in checks)
+        return all(max(abs(a * factor - b), spread) <= most * factor * share for a, b, spread, most in checks)
 
     if fits(1.0):
         return 1.0
@@ -361,7 +363,7 @@ def _common_factor(row: Sequence[float], tolerance: float, of_samples: float, of
     if told_by < _ENOUGH_CHECKSUMS:
         return None
     factor = sum(a * b for a, b in zip(of_sums, of_grad, strict=True)) / square
-    return factor if factor > 0.0 and fits(factor) else None
+    return factor if factor > 0.0 and fits(factor, _CLOSER) else None
 
 
 def _to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
