@@ -180,7 +180,12 @@ def test_the_probe_that_auto_takes(name, accumulation):
     strategy, world_size, model = SETTINGS[name]
     # `callbacks` for a schedule of accumulation
     trainer = SimpleNamespace(
-        strategy=strategy, world_size=world_size, optimizers=[], callbacks=[], accumulate_grad_batches=accumulation
+        strategy=strategy,
+        world_size=world_size,
+        optimizers=[],
+        callbacks=[],
+        accumulate_grad_batches=accumulation,
+        num_training_batches=100,
     )
     word = STRATEGIES[name][accumulation - 1].strip("`")
     lightning_module = model().train()
