@@ -92,12 +92,15 @@ class LossTermsProbe(Probe):
             if not epoch_has_same_examples(trainer, 1):
                 raise CannotMeasureError("batches differ from each other, and `probe='batch_pair'` compares them")
             return self._samples(trainer, model, grad_scale, full=full)
+        except torch.OutOfMemoryError:
+            cause = "the device has no memory left for a copy of the model and its loss"
         except CannotMeasureError as error:
-            self.num_left_out += 1
-            if self.strict:
-                raise CannotMeasureError(f"`probe={self.name!r}`: {error}.") from error
-            self.refusal = str(error)
-            return None
+            cause = str(error)
+        self.num_left_out += 1
+        if self.strict:
+            raise CannotMeasureError(f"`probe={self.name!r}`: {cause}.")
+        self.refusal = cause
+        return None
 
     def detach(self) -> None:
         """Forget the step."""

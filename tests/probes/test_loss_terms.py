@@ -129,3 +129,13 @@ def test_what_has_no_terms(model, arguments, sentence):
     estimate, said = fit(model(), steps=6, **arguments)
     assert estimate.num_measurements == 0
     assert any(sentence in line for line in said)
+
+
+def test_no_memory_ends_no_run(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(loss_terms, "SilentCopy", full)
+    estimate, said = fit(Graph(), steps=6)
+    assert estimate.num_measurements == 0
+    assert any("no memory left for a copy of the model and its loss" in line for line in said)
