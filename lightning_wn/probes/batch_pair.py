@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from lightning_wn.noise_scale.batch_counting import BatchCount
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters, are_lazy
 from lightning_wn.noise_scale.samples import GradientSamples
-from lightning_wn.probes.base import SAME_EXAMPLES, CannotMeasureError, Probe, mean_scale, sample_sizes
-from lightning_wn.probes.checks.edits import EditWatch, with_deviation
+from lightning_wn.probes.base import SAME_EXAMPLES, CannotMeasureError, mean_scale, sample_sizes
+from lightning_wn.probes.checks.edits import with_deviation
 from lightning_wn.probes.requirements import require_one_device
 from lightning_wn.probes.silent_copy import SilentCopy
+from lightning_wn.probes.whole_gradient import WholeGradientProbe
 from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import epoch_has_same_examples
 
@@ -32,7 +33,7 @@ _ALTERNATIVES = (
 )
 
 
-class BatchPairProbe(Probe):
+class BatchPairProbe(WholeGradientProbe):
     """Takes the next batch's gradient at the present weights, too, on a copy of the model.
 
     Whatever happens inside a batch (batch statistics, contrastive losses, message passing, mixup), two batches are two
@@ -53,17 +54,11 @@ class BatchPairProbe(Probe):
     name = "batch_pair"
     # a measured step costs about two plain ones
     default_every_n_steps = 100
-    watches_backward = False
 
     def __init__(self) -> None:
+        super().__init__()
         self._model: LightningModule | None = None
-        self._measured = MeasuredParameters(())
-        self._edits = EditWatch(())
         self._batch_idx = 0
-        self._size: float | Tensor = 0.0
-        self._weight: float | Tensor = 0.0
-        self._loss_scale: Tensor | None = None
-        self._micro_batches = 0
         self._pending: _Pending | None = None
         self._num_measured = 0
         self._warned = False
@@ -87,12 +82,7 @@ class BatchPairProbe(Probe):
         """Start a step; a pair whose second batch is still to come stays."""
         assert isinstance(model, LightningModule)
         self._model = model
-        if measured is not self._measured:
-            self._edits.detach()
-            self._edits = EditWatch(measured.parameters)
-            self._measured = measured
-        self._edits.start_step()
-        self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
+        self._start_step(measured)
 
     @property
     def waits_for_batch(self) -> bool:
@@ -118,21 +108,6 @@ class BatchPairProbe(Probe):
         self._num_measured += samples is not None
         return samples
 
-    def before_backward(self, loss: Tensor | None = None) -> None:
-        """Watch what this backward pass gives."""
-        self._edits.attach()
-
-    def end_backward(self) -> None:
-        """Watch nothing that is differentiated between backward passes."""
-        self._edits.detach()
-
-    def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
-        """Note what the gradient is a mean over, and what it was multiplied with."""
-        self._size = self._size + size
-        self._weight = self._weight + (size * weight if self.loss_is_sum else weight)
-        self._loss_scale = loss_scale
-        self._micro_batches += 1
-
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Keep the optimizer's gradient, and a copy of the model as it is now, until the next batch comes."""
         self._edits.detach()
@@ -155,11 +130,8 @@ class BatchPairProbe(Probe):
 
     def detach(self) -> None:
         """Remove the hooks and forget the step, and a pair whose second batch did not come."""
-        self._edits.detach()
-        self._edits = EditWatch(())
-        self._measured = MeasuredParameters(())
+        super().detach()
         self._model = None
-        self._weight = 0.0
         self._forget_pair()
 
     def _forget_pair(self) -> None:
@@ -170,13 +142,7 @@ class BatchPairProbe(Probe):
     def _keep(self, model: LightningModule, grad_scale: Tensor | None, *, full: bool) -> _Pending:
         measured = self._measured
         gradients = [p.grad for p in measured.parameters]
-        dtype = summing_dtype(measured.device)
-        scale = mean_scale(self._weight, grad_scale, dtype)
-        made_with = self._weight if self._loss_scale is None else self._weight * self._loss_scale.to(dtype)
-        factor, deviation = self._edits.compare(dtype)
-        if factor is not None:
-            # rescaled as a whole, as by clipping: the gradient as it was before
-            scale = torch.as_tensor(1.0 / (factor * made_with), dtype=dtype)
+        scale, deviation = self._unedited(grad_scale, summing_dtype(measured.device))
         copied = SilentCopy(model.trainer, model)
         denominators = None
         if measured.denominator is not None:

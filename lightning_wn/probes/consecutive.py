@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_wn.noise_scale.measured_parameters import MeasuredParameters
 from lightning_wn.noise_scale.samples import GradientSamples
-from lightning_wn.probes.base import SAME_EXAMPLES, Probe, mean_scale, sample_sizes
-from lightning_wn.probes.checks.edits import EditWatch, with_deviation
+from lightning_wn.probes.base import SAME_EXAMPLES, sample_sizes
+from lightning_wn.probes.checks.edits import with_deviation
 from lightning_wn.probes.requirements import require_one_device
+from lightning_wn.probes.whole_gradient import WholeGradientProbe
 from lightning_wn.summing import summing_dtype
 from lightning_wn.trainer import epoch_has_same_examples
 
@@ -21,7 +22,7 @@ _TOO_MANY = 3
 """Pairs of other parameters than each other's, beyond the pairs of the same, that make the probe give up."""
 
 
-class ConsecutiveProbe(Probe):
+class ConsecutiveProbe(WholeGradientProbe):
     """Compares each optimizer step's gradient with a kept copy of the last one.
 
     It needs no second micro-batch and no per-example gradients, so it works on one device without
@@ -37,16 +38,10 @@ class ConsecutiveProbe(Probe):
         "it compares gradients of two successive optimizer steps, and the parameters move between them; "
         "`Trainer(accumulate_grad_batches=2)` or more is exact"
     )
-    watches_backward = False
 
     def __init__(self) -> None:
-        self._measured = MeasuredParameters(())
+        super().__init__()
         self._step = -1
-        self._size: float | Tensor = 0.0
-        self._weight: float | Tensor = 0.0
-        self._loss_scale: Tensor | None = None
-        self._micro_batches = 0
-        self._edits = EditWatch(())
         self._last: _Kept | None = None
         self._ends_pair = False
         self._surplus = 0
@@ -70,28 +65,8 @@ class ConsecutiveProbe(Probe):
         self._ends_pair = every_n_steps > 1 and not starts_pair
         if isinstance(model, LightningModule) and epoch_has_same_examples(model.trainer, 1):
             self.refusal = SAME_EXAMPLES
-        if not unchanged:
-            self._edits.detach()
-            self._edits = EditWatch(measured.parameters)
-        self._edits.start_step()
-        self._measured = measured
+        self._start_step(measured)
         self._step = step
-        self._size, self._weight, self._micro_batches = 0.0, 0.0, 0
-
-    def before_backward(self, loss: Tensor | None = None) -> None:
-        """Watch what this backward pass gives."""
-        self._edits.attach()
-
-    def end_backward(self) -> None:
-        """Watch nothing that is differentiated between backward passes."""
-        self._edits.detach()
-
-    def after_backward(self, size: float | Tensor, weight: float, loss_scale: Tensor | None) -> None:
-        """Add the examples of one micro-batch."""
-        self._size = self._size + size
-        self._weight = self._weight + (size * weight if self.loss_is_sum else weight)
-        self._loss_scale = loss_scale
-        self._micro_batches += 1
 
     def finish(self, grad_scale: Tensor | None, *, full: bool) -> GradientSamples | None:
         """Compare with the kept gradient, if it is the last step's, and keep this one."""
@@ -100,11 +75,7 @@ class ConsecutiveProbe(Probe):
         if not self._micro_batches or self.refusal or self.refuses_sparse(gradients):
             return None
         measured, dtype = self._measured, summing_dtype(self._measured.device)
-        scale = mean_scale(self._weight, grad_scale, dtype)
-        factor, deviation = self._edits.compare(dtype)
-        if factor is not None:
-            # rescaled as a whole, as by clipping: the gradient as it was before
-            scale = mean_scale(self._weight, self._loss_scale, dtype).to(factor) / factor
+        scale, deviation = self._unedited(grad_scale, dtype)
         sq_norm = measured.sq_norms_of_optimizers_gradient(scale)
         last = self._last
         if last is not None and [g is None for g in last.gradients] != [g is None for g in gradients]:
@@ -153,9 +124,7 @@ class ConsecutiveProbe(Probe):
 
     def detach(self) -> None:
         """Forget the kept gradient and the step."""
-        self._edits.detach()
-        self._edits = EditWatch(())
-        self._measured = MeasuredParameters(())
+        super().detach()
         self._last = None
         self._step = -1
 

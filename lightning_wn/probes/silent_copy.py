@@ -75,21 +75,10 @@ class SilentCopy:
             recorder.follow(copied, self._copies)
         self._originals = {id(p) for p in known}
         self._trainer = trainer
-        logger = None if trainer.logger is None else DummyLogger()
         step, epoch = trainer.global_step, trainer.current_epoch
-        still: Any = _Still(
-            trainer,
-            logger=logger,
-            loggers=[] if logger is None else [logger],
-            optimizers=recorders,
-            global_step=step,
-            current_epoch=epoch,
-        )
-        copied.trainer = still
+        silence(copied, trainer, optimizers=recorders, global_step=step, current_epoch=epoch)
         for module in copied.modules():
             _remove_own_hooks(module)
-            if isinstance(module, LightningModule):
-                vars(module).update(log=_nothing, log_dict=_nothing, print=_nothing, clip_gradients=_nothing)
         of_optimizers = recorders[0] if len(recorders) == 1 else recorders
         of_schedulers = (schedulers[0] if len(schedulers) == 1 else schedulers) or None
         vars(copied).update(
@@ -133,14 +122,8 @@ class SilentCopy:
             copied.requires_grad_(original.requires_grad)
         self._model._param_requires_grad_state = {}
         copies = self.copies_of(parameters)
-        try:
+        with self._running():
             reached = self._run(copied_batch(batch), batch_idx, optimizer, step)
-        except (CannotMeasureError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise CannotMeasureError(
-                f"`training_step` fails on a copy of the model ({type(error).__name__}: {error})".replace("\n", " ")
-            ) from error
         if not reached:
             return None
         return [own.grad for own in copies], loss_scale(self._trainer, self._model.device)
@@ -159,20 +142,8 @@ class SilentCopy:
         Raises:
             CannotMeasureError: If ``training_step`` fails, or gives no loss.
         """
-        on_gpu = self._model.device.type == "cuda"
-        try:
-            with (
-                isolate_rng(include_cuda=on_gpu),
-                _other_rng(self._model.device),
-                torch.enable_grad(),
-                _eager(),
-                self._trainer.precision_plugin.train_step_context(),
-            ):
-                output = training_step_output(self._model, batch, batch_idx)
-        except Exception as error:
-            raise CannotMeasureError(
-                f"`training_step` fails on a copy of the model ({type(error).__name__}: {error})".replace("\n", " ")
-            ) from error
+        with self._running(), self._trainer.precision_plugin.train_step_context():
+            output = training_step_output(self._model, batch, batch_idx)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or _reaches(loss, self._originals):
             raise CannotMeasureError(f"a copy of {type(self._model).__name__} gives no loss of its own")
@@ -180,23 +151,35 @@ class SilentCopy:
 
     def _run(self, batch: Any, batch_idx: int, optimizer: Optimizer | None, step: int) -> bool:
         """Run one batch, and return whether the gradients that are wanted are there."""
-        on_gpu = self._model.device.type == "cuda"
         manual = not self._model.automatic_optimization
         for recorder in self._recorders:
             recorder.steps_left = step if manual and recorder.real is optimizer else -1
-        with isolate_rng(include_cuda=on_gpu), _other_rng(self._model.device), torch.enable_grad(), _eager():
-            if self._model.on_train_batch_start(batch, batch_idx) == -1:
-                return False
-            try:
-                with self._trainer.precision_plugin.train_step_context():
-                    output = training_step_output(self._model, batch, batch_idx)
-            except _StepReachedError:
-                return True
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if manual or loss is None:
-                return False
-            self._backward(loss)
+        if self._model.on_train_batch_start(batch, batch_idx) == -1:
+            return False
+        try:
+            with self._trainer.precision_plugin.train_step_context():
+                output = training_step_output(self._model, batch, batch_idx)
+        except _StepReachedError:
+            return True
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if manual or loss is None:
+            return False
+        self._backward(loss)
         return True
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Draw random numbers that training does not miss, and say what fails in the user's code."""
+        on_gpu = self._model.device.type == "cuda"
+        try:
+            with isolate_rng(include_cuda=on_gpu), _other_rng(self._model.device), torch.enable_grad(), _eager():
+                yield
+        except (CannotMeasureError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CannotMeasureError(
+                f"`training_step` fails on a copy of the model ({type(error).__name__}: {error})".replace("\n", " ")
+            ) from error
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if _reaches(loss, self._originals):
@@ -206,6 +189,16 @@ class SilentCopy:
             )
         scale = loss_scale(self._trainer, self._model.device)
         self._model.backward(loss if scale is None else loss * scale, *args, **kwargs)
+
+
+def silence(model: LightningModule, trainer: Trainer, **own: Any) -> None:
+    """Let a copy read what it likes of its Trainer, ``own`` in the place of the Trainer's, and log nowhere."""
+    logger = None if trainer.logger is None else DummyLogger()
+    still: Any = _Still(trainer, logger=logger, loggers=[] if logger is None else [logger], **own)
+    model.trainer = still
+    for module in model.modules():
+        if isinstance(module, LightningModule):
+            vars(module).update(log=_nothing, log_dict=_nothing, print=_nothing, clip_gradients=_nothing)
 
 
 class _StepReachedError(BaseException):

@@ -84,7 +84,6 @@ class OptimizerMeasurement:
         self.metric = metric
         self.probe = probe
         self.every_n_steps = probe.default_every_n_steps
-        self._off = False
         self.steps = 0
         """Optimizer steps so far, counted in manual optimization, where the Trainer counts all optimizers' together."""
         self.num_due = 0

@@ -165,7 +165,7 @@ class SharedTensors:
         if not self._products or not self._has_examples_first(consumer):
             return False
         if name == "AddmmBackward0" and edge == 0:
-            return bool(consumer._saved_beta == 1)  # type: ignore[attr-defined]
+            return bool(consumer._saved_beta == 1)  # type: ignore[attr-defined]  # torch's node of this name has it
         if edge != _PRODUCTS.get(name, (None, ""))[0] or getattr(consumer, "_saved_alpha", 1) != 1:
             return False
         return all(node.name() in ("TBackward0", "ToCopyBackward0") for node, _, _ in path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,6 +16,7 @@ from lightning_wn.per_example.engine.layers import BatchDim
 from lightning_wn.per_example.mixing.report import Mixing, MixingReport
 from lightning_wn.per_example.mixing.search import find_mixing
 from lightning_wn.per_example.rules.errors import MixedExamplesError
+from lightning_wn.probes.silent_copy import silence
 from lightning_wn.trainer import copy_without_trainer, loss_scale, training_step_output
 
 MAX_CHECKS = 10
@@ -92,10 +92,7 @@ class MixingCheck:
 
 def _loss_of_step(trainer: Trainer, model: LightningModule, batch: Any, batch_idx: int) -> Tensor | None:
     """Return the loss of a copy as it is back-propagated in training, without a trace in logs."""
-    model.trainer = _Quiet(trainer)  # type: ignore[assignment]  # it looks like one
-    for module in model.modules():
-        if isinstance(module, LightningModule):
-            vars(module).update(log=_nothing, log_dict=_nothing, print=_nothing)
+    silence(model, trainer)
     if not model.automatic_optimization:
         optimizer: Any = _Idle()
         vars(model).update(
@@ -121,18 +118,6 @@ class _LossReachedError(BaseException):
 
 def _stop_with(loss: Tensor, *args: Any, **kwargs: Any) -> None:
     raise _LossReachedError(loss)
-
-
-class _Quiet:
-    """Looks like the Trainer, with loggers that write nothing."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self.logger = None if trainer.logger is None else DummyLogger()
-        self.loggers = [] if self.logger is None else [self.logger]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)
 
 
 class _Idle:
